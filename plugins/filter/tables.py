@@ -1,0 +1,32 @@
+"""Filters that shape inventory data for templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+def host_table(hosts: Iterable[Mapping[str, Any]], domain: str) -> list[dict[str, Any]]:
+    """Return the rows of /etc/hosts for `hosts` (their Ansible variables), one for each of their addresses.
+
+    >>> host_table([{"inventory_hostname": "mail1", "host_addresses": ["192.0.2.1"]}], "tinh.gov.vn")
+    [{'address': '192.0.2.1', 'names': ['mail1.tinh.gov.vn', 'mail1']}]
+    """
+    return [
+        {"address": address, "names": [f"{host['inventory_hostname']}.{domain}", host["inventory_hostname"]]}
+        for host in hosts
+        for address in host["host_addresses"]
+    ]
+
+
+def service_table(addresses: Iterable[str], name: str) -> list[dict[str, Any]]:
+    """Return the rows of /etc/hosts for the service `name` behind `addresses`."""
+    return [{"address": address, "names": [name]} for address in addresses]
+
+
+class FilterModule:
+    """Ansible's entry point."""
+
+    def filters(self) -> dict[str, Callable[..., Any]]:
+        """Return the filters by name."""
+        return {"host_table": host_table, "service_table": service_table}

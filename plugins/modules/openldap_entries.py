@@ -1,0 +1,231 @@
+#!/usr/bin/python
+"""Bring entries of the local slapd into the state that an LDIF text describes."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: openldap_entries
+short_description: Bring entries of the local slapd into the state that an LDIF text describes
+description:
+  - Reads the named entries over C(ldapi:///) as root (SASL EXTERNAL), compares and writes only what differs.
+  - Entries that the text does not name are left alone; attributes that it does not name are removed
+    from the entries that it does name.
+  - With I(configuration) it owns C(cn=config). A host whose slapd still has the configuration that Debian's
+    package makes gets a new one, built beside the old and moved into place in one step.
+options:
+  ldif:
+    description: Entries in LDIF (RFC 2849), parents first. C(include:) lines count only for a new configuration.
+    type: str
+    required: true
+  configuration:
+    description: The text is slapd's whole configuration.
+    type: bool
+    default: false
+  passwords:
+    description:
+      - DN to clear password. A simple bind tells whether the entry has it already; only when it has not,
+        a salted SHA-512 hash is written.
+    type: dict
+    default: {}
+author: Hộp Thư
+"""
+
+EXAMPLES = r"""
+- name: Configure slapd
+  openldap_entries:
+    ldif: "{{ lookup('ansible.builtin.template', 'etc/ldap/config.ldif.j2') }}"
+    configuration: true
+"""
+
+RETURN = r"""
+changes:
+  description: The DNs that were written, or would be.
+  type: list
+  returned: always
+"""
+
+import base64
+import hashlib
+import io
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule, missing_required_lib
+from ansible.module_utils.hopthu.entries import Change, as_text, changes
+
+try:
+    import ldap
+    import ldap.sasl
+    import ldif
+    from ldap.controls.simple import ManageDSAITControl
+
+    LDAP_MISSING = False
+except ImportError:
+    LDAP_MISSING = True
+
+URI = "ldapi:///"
+CONFIG = Path("/etc/ldap/slapd.d")
+HIDDEN = frozenset({"userpassword", "olcrootpw"})
+
+
+def parse(text):
+    """Return [(dn, attributes)] from LDIF `text`; C(include:) lines are left out."""
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith(("include:", "#")))
+    records = ldif.LDIFRecordList(io.BytesIO(kept.encode()))
+    records.parse()
+    return [(dn, dict(attributes)) for dn, attributes in records.all_records]
+
+
+def connect(bind_dn=None, password=None):
+    """Open ldapi and bind: as root by SASL EXTERNAL, or simply with `bind_dn` and `password`."""
+    connection = ldap.initialize(URI)
+    connection.set_option(ldap.OPT_NETWORK_TIMEOUT, 10)
+    if bind_dn is None:
+        connection.sasl_external_bind_s()
+    else:
+        connection.simple_bind_s(bind_dn, password)
+    return connection
+
+
+def connect_when_up(module):
+    """Connect as root, starting slapd when an earlier run stopped half-way left it down."""
+    try:
+        return connect()
+    except ldap.SERVER_DOWN:
+        if module.check_mode:
+            raise
+        module.run_command(["systemctl", "start", "slapd.service"], check_rc=True)
+        return connect()
+
+
+def live_entries(connection, wanted):
+    """Return {dn: user attributes} of the entries that stand below the parents of `wanted`."""
+    attributes = ["*", "pwdPolicySubentry"]
+    as_stored = [ManageDSAITControl()]  # without what the dynlist overlay computes
+    found = {}
+    for base in {dn.split(",", 1)[-1] if "," in dn else dn for dn, _attributes in wanted} | {
+        dn for dn, _attributes in wanted
+    }:
+        for scope in (ldap.SCOPE_BASE, ldap.SCOPE_ONELEVEL):
+            try:
+                rows = connection.search_ext_s(base, scope, "(objectClass=*)", attributes, serverctrls=as_stored)
+            except ldap.NO_SUCH_OBJECT:
+                continue
+            found.update({dn: values for dn, values in rows if dn})
+    return found
+
+
+def apply(connection, change):
+    """Write one change."""
+    if change.action == "add":
+        connection.add_s(change.dn, list(change.after.items()))
+    else:
+        connection.modify_s(
+            change.dn, [(ldap.MOD_REPLACE, name, values or None) for name, values in change.after.items()]
+        )
+
+
+def has_password(dn, password):
+    """Tell whether a simple bind with `password` works."""
+    try:
+        connect(dn, password).unbind_s()
+    except ldap.INVALID_CREDENTIALS:
+        return False
+    return True
+
+
+def ssha512(password):
+    """Return a salted SHA-512 hash in the form that slapd's pw-sha2 module reads."""
+    salt = os.urandom(16)
+    digest = hashlib.sha512(password.encode() + salt).digest()
+    return b"{SSHA512}" + base64.b64encode(digest + salt)
+
+
+def ours(wanted):
+    """Tell whether slapd's configuration directory holds the databases of `wanted`."""
+    names = [dn.split(",", 1)[0] for dn, _attributes in wanted if dn.startswith("olcDatabase=")]
+    return all((CONFIG / "cn=config" / (name + ".ldif")).exists() for name in names) and not (
+        CONFIG.with_suffix(".new").exists()
+    )
+
+
+def bootstrap(module, text, wanted):
+    """Build slapd's configuration directory from `text` and put it in place of Debian's own."""
+    new, old = CONFIG.with_suffix(".new"), CONFIG.with_suffix(".debian")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o750)
+    for _dn, attributes in wanted:
+        for directory in attributes.get("olcDbDirectory", []):
+            Path(directory.decode()).mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.chown(directory.decode(), "openldap", "openldap")
+    status, _out, error = module.run_command(["/usr/sbin/slapadd", "-n", "0", "-F", str(new)], data=text)
+    if status:
+        shutil.rmtree(new)
+        module.fail_json(msg="slapadd refuses the configuration: " + error.strip()[-800:])
+    for folder, _folders, files in os.walk(new):
+        shutil.chown(folder, "openldap", "openldap")
+        for name in files:
+            shutil.chown(os.path.join(folder, name), "openldap", "openldap")
+    module.run_command(["systemctl", "stop", "slapd.service"], check_rc=True)
+    if CONFIG.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        CONFIG.rename(old)
+    new.rename(CONFIG)
+    module.run_command(["systemctl", "daemon-reload"], check_rc=True)
+    module.run_command(["systemctl", "start", "slapd.service"], check_rc=True)
+
+
+def main():
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "ldif": {"type": "str", "required": True},
+            "configuration": {"type": "bool", "default": False},
+            "passwords": {"type": "dict", "default": {}, "no_log": True},
+        },
+        supports_check_mode=True,
+    )
+    text, passwords = module.params["ldif"], module.params["passwords"]
+    if LDAP_MISSING:
+        if module.check_mode:
+            module.exit_json(changed=True, changes=[], diff={"before": "", "after": text})
+        module.fail_json(msg=missing_required_lib("python-ldap"))
+    wanted = parse(text)
+    if module.params["configuration"] and not ours(wanted):
+        if not module.check_mode:
+            bootstrap(module, text, wanted)
+        module.exit_json(changed=True, changes=[dn for dn, _a in wanted], diff={"before": "", "after": text})
+
+    try:
+        connection = connect_when_up(module)
+        todo = [
+            replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn])]})
+            if change.action == "add" and change.dn in passwords
+            else change
+            for change in changes(live_entries(connection, wanted), wanted)
+        ]
+        new = {change.dn for change in todo if change.action == "add"}
+        stale = sorted(dn for dn, word in passwords.items() if dn not in new and not has_password(dn, word))
+        if not module.check_mode:
+            for change in todo:
+                apply(connection, change)
+            for dn in stale:
+                apply(connection, Change("modify", dn, {}, {"userPassword": [ssha512(passwords[dn])]}))
+    except ldap.LDAPError as error:
+        detail = error.args[0] if error.args and isinstance(error.args[0], dict) else {"desc": str(error)}
+        module.fail_json(msg=f"slapd refused over {URI}: {detail.get('desc', '')} {detail.get('info', '')}".strip())
+    secret = "".join(f"dn: {dn}\nuserPassword: (hidden, set anew)\n" for dn in stale)
+    module.exit_json(
+        changed=bool(todo or stale),
+        changes=[change.dn for change in todo] + stale,
+        diff={
+            "before": "".join(as_text(change, "before", HIDDEN) for change in todo),
+            "after": "".join(as_text(change, "after", HIDDEN) for change in todo) + secret,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+#!/usr/bin/python
+"""Tell whether a running unit has read its files since they last changed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: unit_current
+short_description: Tell whether a running unit has read its files since they last changed
+description:
+  - Reports C(changed) when one of the files is newer than the unit's last start or reload, and so notifies
+    the handler that reloads it. A notification given by the task that writes the file would be lost when
+    the run is killed before its handlers; this state is not.
+  - Writes nothing itself. A unit that is not running is not stale; starting it is another task's business.
+options:
+  unit:
+    description: Name of the systemd unit.
+    type: str
+    required: true
+  files:
+    description: Files, or folders whose files count, that the unit reads. What does not exist does not count.
+    type: list
+    elements: path
+    required: true
+author: Hộp Thư
+"""
+
+EXAMPLES = r"""
+- name: Notice when Dovecot runs with older files
+  unit_current:
+    unit: dovecot.service
+    files: [/etc/dovecot, /etc/ssl/hopthu/cert.pem]
+  notify: Reload Dovecot
+"""
+
+RETURN = r"""
+newer:
+  description: The files that changed after the unit last read them.
+  type: list
+  returned: always
+"""
+
+import os
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+
+def last_read(module, unit):
+    """Return (is it running, must systemd reread the unit, seconds since the epoch of its last start or reload)."""
+    wanted = "ActiveState,NeedDaemonReload,StateChangeTimestampMonotonic"
+    _rc, out, _err = module.run_command(["systemctl", "show", unit, "--property", wanted], check_rc=True)
+    values = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
+    since_boot = int(values.get("StateChangeTimestampMonotonic") or 0) / 1_000_000
+    started = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + since_boot
+    return values.get("ActiveState") == "active", values.get("NeedDaemonReload") == "yes", started
+
+
+def change_times(paths):
+    """Yield (file, time of its last change): ctime, which a copy that keeps the old mtime cannot fool."""
+    for path in map(Path, paths):
+        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        for file in files:
+            if file.exists():
+                yield str(file), os.stat(file).st_ctime
+
+
+def main():
+    """Module entry point."""
+    module = AnsibleModule(
+        argument_spec={
+            "unit": {"type": "str", "required": True},
+            "files": {"type": "list", "elements": "path", "required": True},
+        },
+        supports_check_mode=True,
+    )
+    running, reread, started = last_read(module, module.params["unit"])
+    newer = sorted(file for file, changed in change_times(module.params["files"]) if changed > started)
+    module.exit_json(changed=running and bool(newer or reread), newer=newer if running else [])
+
+
+if __name__ == "__main__":
+    main()
