@@ -31,7 +31,10 @@ class ActionModule(ActionBase):
         known = Specification.read(
             Path(arguments["specification"]), Path(arguments["roles"]), Path(arguments["wiring"])
         )
-        sources = [Path(source) for source in variables["ansible_inventory_sources"]]
+        sources = [path for path in map(Path, variables["ansible_inventory_sources"]) if path.is_file()]
+        if not sources:
+            result.update(failed=True, msg="No inventory file is given: add -i inventories/PROVINCE/hosts.yml.")
+            return result
         problems = [line for source in sources for line in inventory_problems(source, known)]
         hosts = {name: variables["hostvars"][name] for name in variables["groups"]["all"]}
         problems += missing_values(known, hosts, sources[0])

@@ -128,15 +128,21 @@ class Refused(Exception):
     """Why the work cannot go on, as one sentence with the way out."""
 
 
+class NotSetUp(Refused):
+    """The host has never been through the playbook; with check mode its tree counts as empty."""
+
+
 def connect(uri: str, bind_dn: str, password_file: str) -> Any:
     """Open the LDAP session; raises Refused."""
     if ldap is None:
-        raise Refused("python3-ldap is not installed on this host: install it")
+        raise NotSetUp("python3-ldap is not installed on this host: install it")
     if not uri.startswith(("ldapi://", "ldaps://")):
         raise Refused(f"{uri} would show the password on the network: use ldapi:// or ldaps://")
     try:
         with open(password_file, encoding="utf-8") as file:
             password = file.read().rstrip("\r\n")
+    except FileNotFoundError:
+        raise NotSetUp(f"{password_file} is not there: run the directory role first") from None
     except (OSError, UnicodeDecodeError):
         raise Refused(f"{password_file} cannot be read: run the directory role first") from None
     if not password:
@@ -287,10 +293,10 @@ def main() -> None:
             module.exit_json(changed=True)
         try:
             live = read_live(connect(*session), given["base"])
-        except Refused as refusal:
+        except NotSetUp as refusal:
             if not module.check_mode:
                 raise
-            # A host that has not been set up yet: the plan is what its first run will do.
+            # The plan is what the first run will do.
             live, result["live_unread"] = [], str(refusal)
         desired = [Entry(**entry) for entry in read_json(given["desired_file"])]
         plan = make_plan(desired, live, given["base"])

@@ -1,0 +1,49 @@
+"""Start site.yml on a lab (FOLDER, build/NAME) and kill it, with all it started here, while TASK runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HALF_A_TASK = 0.7
+"""Seconds into the task: a package is half installed then, a file half written."""
+
+
+def main() -> int:
+    """Run the command line; exit code 1 when the run ended before it could be killed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("task", help="ROLE : NAME, as Ansible prints it")
+    options = parser.parse_args()
+    process = subprocess.Popen(
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            *("-i", options.folder / "inventory" / "hosts.yml"),
+            *("--vault-password-file", options.folder / "vault-password"),
+            *("-e", f"@{options.folder / 'vault.yml'}"),
+            "playbooks/site.yml",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="")
+        if line.startswith(f"TASK [{options.task}]"):
+            time.sleep(HALF_A_TASK)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            print(f"killed in {options.task}")
+            return 0
+    print(f"the run ended with {process.wait()} before {options.task}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
