@@ -15,7 +15,7 @@ help: ## this list
 # The virtual environment, from the pinned requirements; made anew when they change.
 $(BIN)/.made: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || apt-get install -y --no-install-recommends python3-venv
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { apt-get update -qq && apt-get install -qq -y --no-install-recommends python3-venv; }
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
@@ -32,8 +32,10 @@ lab-down: $(BIN)/.made ## stop it and remove it wholly
 test: $(BIN)/.made ## every check that CI runs, on hosts of its own
 	@$(BIN)/python tests/prove.py
 
-soak: $(BIN)/.made ## the long campaigns
-	@$(BIN)/python tests/soak.py
+soak: $(BIN)/.made ## the long campaigns: every guarded setting is broken, and its test must turn red
+	@$(BIN)/python lab/lab.py up --name soak
+	@status=0; $(BIN)/python tests/soak.py --lab build/soak/lab.json || status=$$?; \
+	$(BIN)/python lab/lab.py destroy --name soak; exit $$status
 
 bench-%: $(BIN)/.made ## one benchmark: lab, delivery
 	@$(BIN)/python bench/$*.py

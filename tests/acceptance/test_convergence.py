@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from playbook import Province, plan
 from service import Service
 
@@ -82,22 +86,27 @@ def test_units_and_people_come_change_and_go(service: Service, province: Provinc
     assert answer(service, "dangthingocanh@daklak.gov.vn") == 550
 
 
-def test_a_renewed_certificate_is_served_and_sessions_go_on(
-    service: Service, province: Province, lab: dict[str, Any]
+def test_certificates_change_their_source_and_are_renewed_and_sessions_go_on(
+    service: Service, province: Province, lab: dict[str, Any], tmp_path: Path
 ) -> None:
-    address = lab["service_address"]
-    before = {port: serial(lab, address, port) for port in (465, 636, 993)}
-    pids = service.run("mail1", "pidof slapd; systemctl show -p MainPID dovecot postfix")
-    with service.unit("soyte").imap(address) as session:
-        renewal = province.run("site.yml", "-e", "certificates_renew_days=398")
-        untouched = province.run("site.yml", "--check")
+    own = [service.name, "mail1." + service.domain, "mail2." + service.domain, "witness." + service.domain]
+    authority = make_certificates(
+        tmp_path, own, [a for host in lab["hosts"].values() for a in host["addresses"].values()]
+    )
+    given = {"certificate": "host.pem", "key": "host.key", "ca": "ca.pem"}
+    files = [f"-ecertificates_files_{name}={tmp_path / file}" for name, file in given.items()]
+    processes = "pidof slapd; systemctl show -p MainPID dovecot postfix"
+    before, running = serials(lab, Path(lab["ca_file"])), service.run("mail1", processes)
+    with service.unit("soyte").imap(service.address) as session:
+        switched = province.run("site.yml", "-ecertificates_source=files", *files)
+        assert switched.status == 0, switched.output
+        assert set(serials(lab, tmp_path / "ca.pem").values()) == {authority}
+        renewed = province.run("site.yml", "-ecertificates_renew_days=398")
+        assert renewed.status == 0, renewed.output
         session.noop()
-    assert renewal.status == 0, renewal.output
-    after = {port: serial(lab, address, port) for port in before}
-    assert {port for port in before if before[port] == after[port]} == set()
-    assert service.run("mail1", "pidof slapd; systemctl show -p MainPID dovecot postfix") == pids
-    assert untouched.status == 0, untouched.output
-    assert set(untouched.changed.values()) == {0}
+    after = serials(lab, Path(lab["ca_file"]))
+    assert [port for port in before if before[port] == after[port]] == []
+    assert service.run("mail1", processes) == running, "a daemon was restarted instead of reloaded"
 
 
 def answer(service: Service, recipient: str) -> int:
@@ -118,11 +127,42 @@ def found(service: Service, mail: str) -> dict[str, list[str]]:
     }
 
 
-def serial(lab: dict[str, Any], address: str, port: int) -> int:
-    """Serial number of the certificate that a TLS port serves now."""
-    context = ssl.create_default_context(cafile=lab["ca_file"])
-    with (
-        socket.create_connection((address, port), 10) as plain,
-        context.wrap_socket(plain, server_hostname=address) as tls,
-    ):
-        return x509.load_der_x509_certificate(tls.getpeercert(binary_form=True) or b"").serial_number
+def serials(lab: dict[str, Any], authority: Path) -> dict[int, int]:
+    """Port → serial number of the certificate served there now, verified against `authority`."""
+    context = ssl.create_default_context(cafile=authority)
+    address, found = lab["service_address"], {}
+    for port in (465, 636, 993, 995):
+        with socket.create_connection((address, port), 10) as plain:
+            with context.wrap_socket(plain, server_hostname=address) as tls:
+                der = tls.getpeercert(binary_form=True)
+        found[port] = x509.load_der_x509_certificate(der or b"").serial_number
+    return found
+
+
+def make_certificates(folder: Path, names: list[str], addresses: list[str]) -> int:
+    """Make what an operator may bring, ca.pem, host.pem and host.key; the serial number of host.pem."""
+    now = datetime.now(UTC)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    issuer = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "An operator's own authority")])
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, names[0])])
+    serial = x509.random_serial_number()
+
+    def sign(owner: x509.Name, key: ec.EllipticCurvePrivateKey, number: int, *more: x509.ExtensionType) -> bytes:
+        builder = x509.CertificateBuilder(issuer, owner, key.public_key(), number)
+        builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=90))
+        for extension in more:
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(keys[0], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    identifier = x509.SubjectKeyIdentifier.from_public_key(keys[0].public_key())
+    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    ca = sign(issuer, keys[0], x509.random_serial_number(), x509.BasicConstraints(True, 0), usage, identifier)
+    alternatives: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
+    alternatives += [x509.IPAddress(ip_address(address)) for address in addresses]
+    known = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+    host = sign(subject, keys[1], serial, x509.SubjectAlternativeName(alternatives), known)
+    (folder / "ca.pem").write_bytes(ca)
+    (folder / "host.pem").write_bytes(host)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (folder / "host.key").write_bytes(keys[1].private_bytes(*form))
+    return serial
