@@ -10,15 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-HALF_A_TASK = 0.7
-"""Seconds into the task: a package is half installed then, a file half written."""
-
 
 def main() -> int:
     """Run the command line; exit code 1 when the run ended before it could be killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("task", help="ROLE : NAME, as Ansible prints it")
+    parser.add_argument("--after", type=float, default=0.7, help="seconds into the task (0.7)")
     options = parser.parse_args()
     process = subprocess.Popen(
         [
@@ -36,7 +34,7 @@ def main() -> int:
     for line in process.stdout:
         print(line, end="")
         if line.startswith(f"TASK [{options.task}]"):
-            time.sleep(HALF_A_TASK)
+            time.sleep(options.after)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             print(f"killed in {options.task}")

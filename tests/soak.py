@@ -107,9 +107,9 @@ def activate(lab: Lab, row: Row, host: str) -> None:
     lab.run(host, row.command or f"systemctl reload {row.reload}")
 
 
-def restore(lab: Lab, host: str) -> None:
-    """Put back the file that a sabotage saved on a host, that of a run that was killed too."""
-    lab.run(host, f"test ! -e {SAVED} || {{ tar -C / -xpf {SAVED} && rm {SAVED}; }}")
+def restore(lab: Lab, host: str) -> bool:
+    """Put back the file that a sabotage saved on a host; whether there was one."""
+    return bool(lab.run(host, f"test ! -e {SAVED} || {{ tar -C / -xpvf {SAVED} && rm {SAVED}; }}"))
 
 
 @contextmanager
@@ -145,8 +145,17 @@ def broken(lab: Lab, row: Row) -> Iterator[None]:
             activate(lab, row, host)
 
 
-def outcome(lab: Lab, tests: list[str]) -> tuple[int, int, int]:
-    """Run tests against the lab: pytest's exit code, number of tests that failed, number that could not be set up."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of tests ended: pytest's exit code, why tests failed, and how many could not be set up."""
+
+    status: int
+    failures: list[str]
+    errors: int
+
+
+def outcome(lab: Lab, tests: list[str]) -> Outcome:
+    """Run tests against the lab."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         call = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
@@ -155,32 +164,33 @@ def outcome(lab: Lab, tests: list[str]) -> tuple[int, int, int]:
         if not report.exists():
             raise SabotageError(f"pytest wrote no report: {(result.stdout + result.stderr).strip()[-300:]}")
         cases = ElementTree.parse(report)
-        return result.returncode, len(cases.findall(".//failure")), len(cases.findall(".//error"))
+        failures = [" ".join(str(case.get("message")).split())[:110] for case in cases.iterfind(".//failure")]
+        return Outcome(result.returncode, failures, len(cases.findall(".//error")))
 
 
-def sabotage(lab: Lab, row: Row) -> str:
-    """Break a row's setting and run its test; empty when the test turned red, otherwise what went wrong."""
+def sabotage(lab: Lab, row: Row) -> tuple[bool, str]:
+    """Break a row's setting and run its test: whether the test turned red, and why it did or did not."""
     try:
         with broken(lab, row):
-            status, failed, errors = outcome(lab, ["-x", f"tests/acceptance/{row.test}"])
+            found = outcome(lab, ["-x", f"tests/acceptance/{row.test}"])
         # Mail that the broken setting let through waits for hosts that do not exist.
         for host in lab.hosts("mx"):
             lab.run(host, "postsuper -d ALL")
     except SabotageError as error:
-        return str(error)
-    if status == 1 and failed and not errors:
-        return ""
-    return f"the test stayed green (exit code {status}, {failed} failed, {errors} errors)"
+        return False, str(error)
+    if found.status == 1 and found.failures and not found.errors:
+        return True, f"red: {found.failures[0]}"
+    return False, f"not red: exit code {found.status}, {len(found.failures)} failed, {found.errors} errors"
 
 
-def all_green(lab: Lab) -> str:
-    """Run all acceptance tests; empty when all passed."""
-    status, failed, errors = outcome(lab, ["tests/acceptance"])
-    return f"exit code {status}, {failed} failed, {errors} errors" if status else ""
+def all_green(lab: Lab) -> tuple[bool, str]:
+    """Run all acceptance tests: whether they passed, and which did not."""
+    found = outcome(lab, ["tests/acceptance"])
+    return not found.status, f"{found.errors} errors, {len(found.failures)} failed {' | '.join(found.failures[:3])}"
 
 
-def converged(lab: Lab) -> str:
-    """Run site.yml; empty when it changed nothing, otherwise what it did."""
+def converged(lab: Lab) -> tuple[bool, str]:
+    """Run site.yml: whether it changed nothing, and what it did."""
     inventory = Path(lab.data["inventory"])
     build = inventory.parents[1]
     call = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(inventory)]
@@ -189,10 +199,10 @@ def converged(lab: Lab) -> str:
     result = subprocess.run(
         [*call, "playbooks/site.yml"], cwd=CHECKOUT, env=environment, capture_output=True, text=True, check=False
     )
-    changed = re.findall(r"^(\S+) +: .*changed=(\d+)", result.stdout, re.MULTILINE)
+    changed = dict(re.findall(r"^(\S+) +: .*changed=(\d+)", result.stdout, re.MULTILINE))
     if result.returncode or not changed:
-        return f"site.yml ended with {result.returncode}: {result.stdout.strip()[-300:]}"
-    return ", ".join(f"{host} changed {number}" for host, number in changed if number != "0")
+        return False, f"site.yml ended with {result.returncode}: {result.stdout.strip()[-300:]}"
+    return set(changed.values()) == {"0"}, ", ".join(f"{host} changed {number}" for host, number in changed.items())
 
 
 def main() -> int:
@@ -206,19 +216,18 @@ def main() -> int:
     try:
         rows, _unguarded = read_rows(ROWS)
         lab = Lab(options.lab)
-        for host in lab.hosts("all"):
-            restore(lab, host)
+        if any([restore(lab, host) for host in lab.hosts("all")]):
+            converged(lab)  # a soak was killed here: the daemons still run with the broken file
     except SabotageError as error:
         parser.error(str(error))
     results = []
 
-    def tell(name: str, check: Callable[[], str]) -> None:
+    def tell(name: str, check: Callable[[], tuple[bool, str]]) -> None:
         started = time.monotonic()
-        problem = check()
-        results.append(not problem)
-        print(f"{'FAILED' if problem else 'passed'} {time.monotonic() - started:5.0f} s  {name}", flush=True)
-        if problem:
-            print(f"                {problem}", flush=True)
+        good, reason = check()
+        results.append(good)
+        seconds = time.monotonic() - started
+        print(f"{'passed' if good else 'FAILED'} {seconds:5.0f} s  {name}\n                {reason}", flush=True)
 
     for row in rows:
         name = row.test.partition("::")[2]
