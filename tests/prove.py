@@ -27,8 +27,9 @@ LINTERS = {
     "ruff check": ["ruff", "check", "--quiet", "."],
     "ruff format": ["ruff", "format", "--quiet", "--check", "."],
     "mypy": ["mypy", "--no-error-summary"],
+    "mypy bench": ["mypy", "--no-error-summary", "bench"],
     "yamllint": ["yamllint", "--strict", "."],
-    "ansible-lint": ["ansible-lint", "--quiet"],
+    "ansible-lint": ["ansible-lint", "-q"],
     "generated docs": ["python", "docs/generate.py", "--check"],
 }
 MOLECULE_STEPS = {
