@@ -132,9 +132,9 @@ def serials(lab: dict[str, Any], authority: Path) -> dict[int, int]:
     context = ssl.create_default_context(cafile=authority)
     address, found = lab["service_address"], {}
     for port in (465, 636, 993, 995):
-        with socket.create_connection((address, port), 10) as plain:
-            with context.wrap_socket(plain, server_hostname=address) as tls:
-                der = tls.getpeercert(binary_form=True)
+        plain = socket.create_connection((address, port), 10)
+        with context.wrap_socket(plain, server_hostname=address) as tls:
+            der = tls.getpeercert(binary_form=True)
         found[port] = x509.load_der_x509_certificate(der or b"").serial_number
     return found
 
