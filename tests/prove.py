@@ -105,6 +105,12 @@ def unit(outcome: Outcome) -> None:
     count_tests(outcome, "unit", report)
 
 
+def successful_steps(log: str) -> set[tuple[str, str]]:
+    """Return the (scenario, step) pairs that Molecule's closing list calls successful: not skipped, not missing."""
+    found = map(MOLECULE_STEP.match, log.splitlines())
+    return {(match[1], match[2]) for match in found if match and match[3] == "Successful"}
+
+
 def molecule(outcome: Outcome) -> None:
     """Every scenario on hosts of its own, which are gone afterwards whatever happens."""
     log = BUILD / "logs" / "molecule.log"
@@ -115,11 +121,7 @@ def molecule(outcome: Outcome) -> None:
         outcome.add("molecule test --all", run("molecule", ["molecule", "test", "--all"], log))
     finally:
         subprocess.run([BIN / destroy[0], *destroy[1:]], cwd=CHECKOUT, check=True)
-    done = {
-        (match[1], match[2])
-        for match in map(MOLECULE_STEP.match, log.read_text(encoding="utf-8").splitlines())
-        if match and match[3] == "Successful"
-    }
+    done = successful_steps(log.read_text(encoding="utf-8"))
     for scenario, step in sorted(MOLECULE_STEPS):
         outcome.add(f"molecule {scenario}: {step}", (scenario, step) in done)
     count_tests(outcome, "acceptance", BUILD / "junit" / "acceptance.xml")

@@ -1,25 +1,22 @@
 #!/usr/bin/python
-"""Tell whether a running unit has read its files since they last changed."""
+"""Tell whether running units have read their files since they last changed."""
 
 from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: unit_current
-short_description: Tell whether a running unit has read its files since they last changed
+short_description: Tell whether running units have read their files since they last changed
 description:
-  - Reports C(changed) when one of the files is newer than the unit's last start or reload, and so notifies
+  - Reports C(changed) when a file is newer than the last start or reload of its unit, and so notifies
     the handler that reloads it. A notification given by the task that writes the file would be lost when
     the run is killed before its handlers; this state is not.
   - Writes nothing itself. A unit that is not running is not stale; starting it is another task's business.
 options:
-  unit:
-    description: Name of the systemd unit.
-    type: str
-    required: true
-  files:
-    description: Files, or folders whose files count, that the unit reads. What does not exist does not count.
-    type: list
-    elements: path
+  units:
+    description:
+      - Name of each systemd unit, and the files, or folders whose files count, that it reads.
+        What does not exist does not count.
+    type: dict
     required: true
 author: Hộp Thư
 """
@@ -27,15 +24,15 @@ author: Hộp Thư
 EXAMPLES = r"""
 - name: Notice when Dovecot runs with older files
   unit_current:
-    unit: dovecot.service
-    files: [/etc/dovecot, /etc/ssl/hopthu/cert.pem]
+    units:
+      dovecot.service: [/etc/dovecot, /etc/ssl/hopthu/cert.pem]
   notify: Reload Dovecot
 """
 
 RETURN = r"""
-newer:
-  description: The files that changed after the unit last read them.
-  type: list
+stale:
+  description: Units that run with older files, and the files; empty for a unit that systemd must read anew.
+  type: dict
   returned: always
 """
 
@@ -68,15 +65,16 @@ def change_times(paths):
 def main():
     """Module entry point."""
     module = AnsibleModule(
-        argument_spec={
-            "unit": {"type": "str", "required": True},
-            "files": {"type": "list", "elements": "path", "required": True},
-        },
+        argument_spec={"units": {"type": "dict", "required": True}},
         supports_check_mode=True,
     )
-    running, reread, started = last_read(module, module.params["unit"])
-    newer = sorted(file for file, changed in change_times(module.params["files"]) if changed > started)
-    module.exit_json(changed=running and bool(newer or reread), newer=newer if running else [])
+    stale = {}
+    for unit, files in module.params["units"].items():
+        running, reread, started = last_read(module, unit)
+        newer = sorted(file for file, changed in change_times(files) if changed > started)
+        if running and (newer or reread):
+            stale[unit] = newer
+    module.exit_json(changed=bool(stale), stale=stale)
 
 
 if __name__ == "__main__":

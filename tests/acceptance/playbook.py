@@ -63,10 +63,13 @@ class Province:
         command += ["--vault-password-file", self.build / "vault-password"]
         if secrets:
             command += ["-e", f"@{self.build / 'vault.yml'}"]
+        # Molecule sets Ansible's settings for its own runs, colour among them.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+        environment |= {"ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
         result = subprocess.run(
             [*command, *arguments, f"playbooks/{playbook}"],
             cwd=CHECKOUT,
-            env={**os.environ, "ANSIBLE_CONFIG": str(CHECKOUT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"},
+            env=environment,
             capture_output=True,
             text=True,
             check=False,
