@@ -30,6 +30,7 @@ BASE_PACKAGES = (
     "iproute2",
     "openssh-server",
     "ca-certificates",
+    "nftables",
 )
 # Podman mounts a file of its own over /etc/hostname, which makes `hostnamectl` fail.
 INIT = json.dumps(["/bin/sh", "-c", "umount /etc/hostname; exec /sbin/init"])
