@@ -98,10 +98,12 @@ def test_certificates_change_their_source_and_are_renewed_and_sessions_go_on(
     processes = "pidof slapd; systemctl show -p MainPID dovecot postfix"
     before, running = serials(lab, Path(lab["ca_file"])), service.run("mail1", processes)
     with service.unit("soyte").imap(service.address) as session:
-        switched = province.run("site.yml", "-ecertificates_source=files", *files)
-        assert switched.status == 0, switched.output
-        assert set(serials(lab, tmp_path / "ca.pem").values()) == {authority}
-        renewed = province.run("site.yml", "-ecertificates_renew_days=398")
+        try:
+            switched = province.run("site.yml", "-ecertificates_source=files", *files)
+            assert switched.status == 0, switched.output
+            assert set(serials(lab, tmp_path / "ca.pem").values()) == {authority}
+        finally:
+            renewed = province.run("site.yml", "-ecertificates_renew_days=398")
         assert renewed.status == 0, renewed.output
         session.noop()
     after = serials(lab, Path(lab["ca_file"]))

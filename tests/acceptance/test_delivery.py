@@ -23,7 +23,7 @@ def body_of(data: bytes) -> bytes:
     return data.partition(b"\r\n\r\n")[2]
 
 
-@pytest.mark.requirement("N-CT34", "N-TT39-1.5", "N-TT39-4.4", "DL-6.4", "N-224-11")
+@pytest.mark.requirement("N-TT39-1.5", "N-TT39-4.4")
 @pytest.mark.parametrize("submission", [587, 465])
 @pytest.mark.parametrize("reading", [993, 143])
 def test_mail_goes_from_unit_to_unit(service: Service, address: str, submission: int, reading: int) -> None:
@@ -36,7 +36,7 @@ def test_mail_goes_from_unit_to_unit(service: Service, address: str, submission:
     assert f"Return-Path: <{sender.address}>".encode() in received
 
 
-@pytest.mark.requirement("N-TT39-1.5", "N-TT39-4.4", "N-224-11")
+@pytest.mark.requirement("N-TT39-1.5", "N-TT39-4.4")
 @pytest.mark.parametrize("port", [995, 110])
 def test_mail_is_read_over_pop3(service: Service, address: str, port: int) -> None:
     sender, recipient = service.unit("ubnd"), service.unit("sonoivu")
@@ -125,7 +125,6 @@ def test_reports_of_faults_are_delivered(service: Service, address: str, name: s
     service.unit("ubnd").take(identifier)
 
 
-@pytest.mark.requirement("N-224-11")
 def test_every_mail_exchanger_delivers(service: Service, mailbox: Mailbox, mx: str) -> None:
     identifier = service.send(letter(OUTSIDER, mailbox.address), mailbox.address, mx)
     mailbox.take(identifier)

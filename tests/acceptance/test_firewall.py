@@ -43,7 +43,7 @@ async def passes(address: str, port: int) -> int | None:
     return port
 
 
-@pytest.mark.requirement("DL-6.4", "HT-2.1")
+@pytest.mark.requirement("HT-2.1")
 @pytest.mark.parametrize("family", ["v4", "v6"])
 def test_only_the_documented_ports_are_open(service: Service, family: str) -> None:
     async def open_ports(address: str) -> set[int | None]:
@@ -56,7 +56,6 @@ def test_only_the_documented_ports_are_open(service: Service, family: str) -> No
     assert asyncio.run(scan()) == {name: expected(host["groups"]) for name, host in service.hosts.items()}
 
 
-@pytest.mark.requirement("DL-6.4")
 @pytest.mark.parametrize("family", ["v4", "v6"])
 def test_hosts_send_only_what_they_must(service: Service, family: str) -> None:
     """Port 25 of the other mail exchanger is open: Postfix gets there, root does not, and nobody gets to its SSH."""

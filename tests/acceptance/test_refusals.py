@@ -82,7 +82,7 @@ def test_submission_without_login_sends_nothing(service: Service, address: str, 
                 assert 500 <= (smtp.rcpt(recipient)[0] if code == 250 else code) < 600
 
 
-@pytest.mark.requirement(*PASSWORD_RULES, "DL-6.4")
+@pytest.mark.requirement(*PASSWORD_RULES)
 @pytest.mark.parametrize("port", [25, 110, 143, 587, 4190])
 def test_no_login_without_tls(service: Service, mailbox: Mailbox, address: str, port: int) -> None:
     """With the right password, so that only the missing TLS can be the reason. Port 25 takes no login at all."""

@@ -35,7 +35,7 @@ def begin_tls(address: str, port: int, name: str, context: ssl.SSLContext) -> st
             return str(tls.version())
 
 
-@pytest.mark.requirement("N-TT39-4.2", "N-TT39-4.4", "DL-6.4")
+@pytest.mark.requirement("N-TT39-4.2", "N-TT39-4.4")
 @pytest.mark.parametrize("port", PLAIN_START)
 def test_certificate_is_valid_for_name_and_address(service: Service, address: str, port: int) -> None:
     for name in (service.name, address):
@@ -67,7 +67,6 @@ def test_tls_1_2_and_newer_only(service: Service, address: str, port: int) -> No
         begin_tls(address, port, service.name, context(ssl.TLSVersion.TLSv1_1))
 
 
-@pytest.mark.requirement("DL-6.4")
 def test_directory_speaks_tls_only(service: Service, address: str) -> None:
     """Neither from outside nor on the host itself is there a port 389."""
     assert not accepts(address, 389)
