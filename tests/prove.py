@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--only", choices=PROOFS, help="one kind of proof (default: all)")
     options = parser.parse_args()
     for folder in ("logs", "junit", "requirements"):
+        # On a fresh checkout there is nothing to remove; what cannot be removed makes mkdir fail.
         shutil.rmtree(BUILD / folder, ignore_errors=True)
         (BUILD / folder).mkdir(parents=True)
     started = time.monotonic()
