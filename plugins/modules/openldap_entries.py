@@ -21,6 +21,11 @@ options:
     description: The text is slapd's whole configuration.
     type: bool
     default: false
+  initial:
+    description: Attributes that are written when an entry is made, and then left alone.
+    type: list
+    elements: str
+    default: []
   passwords:
     description:
       - DN to clear password. A simple bind tells whether the entry has it already; only when it has not,
@@ -100,20 +105,26 @@ def connect_when_up(module):
         return connect()
 
 
-def live_entries(connection, wanted):
-    """Return {dn: user attributes} of the entries that stand below the parents of `wanted`."""
+def live_entries(connection, wanted, configuration):
+    """Return {dn: user attributes} of the entries of `wanted` that exist.
+
+    In C(cn=config) slapd has put numbers into their names, so all that stands below their parents is read; elsewhere
+    that may be a hundred thousand mailboxes.
+    """
     attributes = ["*", "pwdPolicySubentry"]
     as_stored = [ManageDSAITControl()]  # without what the dynlist overlay computes
+    names = {dn for dn, _attributes in wanted}
+    questions = {(dn, ldap.SCOPE_BASE) for dn in names}
+    if configuration:
+        bases = names | {dn.split(",", 1)[-1] for dn in names}
+        questions |= {(dn, scope) for dn in bases for scope in (ldap.SCOPE_BASE, ldap.SCOPE_ONELEVEL)}
     found = {}
-    for base in {dn.split(",", 1)[-1] if "," in dn else dn for dn, _attributes in wanted} | {
-        dn for dn, _attributes in wanted
-    }:
-        for scope in (ldap.SCOPE_BASE, ldap.SCOPE_ONELEVEL):
-            try:
-                rows = connection.search_ext_s(base, scope, "(objectClass=*)", attributes, serverctrls=as_stored)
-            except ldap.NO_SUCH_OBJECT:
-                continue
-            found.update({dn: values for dn, values in rows if dn})
+    for base, scope in questions:
+        try:
+            rows = connection.search_ext_s(base, scope, "(objectClass=*)", attributes, serverctrls=as_stored)
+        except ldap.NO_SUCH_OBJECT:
+            continue
+        found.update({dn: values for dn, values in rows if dn})
     return found
 
 
@@ -183,6 +194,7 @@ def main():
         argument_spec={
             "ldif": {"type": "str", "required": True},
             "configuration": {"type": "bool", "default": False},
+            "initial": {"type": "list", "elements": "str", "default": []},
             "passwords": {"type": "dict", "default": {}, "no_log": True},
         },
         supports_check_mode=True,
@@ -204,7 +216,9 @@ def main():
             replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn])]})
             if change.action == "add" and change.dn in passwords
             else change
-            for change in changes(live_entries(connection, wanted), wanted)
+            for change in changes(
+                live_entries(connection, wanted, module.params["configuration"]), wanted, module.params["initial"]
+            )
         ]
         new = {change.dn for change in todo if change.action == "add"}
         stale = sorted(dn for dn, word in passwords.items() if dn not in new and not has_password(dn, word))

@@ -43,12 +43,20 @@ def test_the_number_tells_databases_apart() -> None:
         pytest.param({"olcX": [b"1"]}, {"olcX": [b"1"], "olcY": [b"2"]}, {"olcY": [b"2"]}, id="new attribute"),
         pytest.param({"OLCX": [b"1"]}, {"olcX": [b"1"]}, None, id="attribute names have no case"),
         pytest.param({"olcX": [b"1"], "userPassword": [b"{A}"]}, {"olcX": [b"1"]}, None, id="passwords stay"),
+        pytest.param({"olcX": [b"1"], "olcSerial": [b"7"]}, {"olcX": [b"1"], "olcSerial": [b"0"]}, None, id="initial"),
+        pytest.param(
+            {"objectClass": [b"a"], "olcX": [b"1"]},
+            {"objectClass": [b"A", b"b"], "olcX": [b"1"]},
+            {"objectClass": [b"a", b"b"]},
+            id="another object class",
+        ),
         pytest.param({"anything": [b"1"]}, {}, None, id="an entry that only has to be there"),
     ],
 )
 def test_modify(live: Attributes, wanted: Attributes, expected: Attributes | None) -> None:
     fixed: Attributes = {"objectClass": [b"olcOverlayConfig"], "olcOverlay": [b"unique"]}
-    found = changes({OVERLAY: fixed | {"objectClass": [b"other"]} | live}, [(OVERLAY, fixed | wanted)])
+    present: Attributes = fixed | {"objectClass": [b"OlcOverlayConfig", b"olcConfig"]} | live
+    found = changes({OVERLAY: present}, [(OVERLAY, fixed | wanted)], initial=["olcSerial"])
     assert [change.after for change in found] == ([] if expected is None else [expected])
 
 

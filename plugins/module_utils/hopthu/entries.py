@@ -7,6 +7,7 @@ service identities, password policies). Pure: no connection, no clock, no random
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,12 +58,15 @@ def _same(live: list[bytes], wanted: list[bytes]) -> bool:
     return _plain(live) == _plain(wanted)
 
 
-def changes(live: dict[str, Attributes], wanted: list[tuple[str, Attributes]]) -> list[Change]:
+def changes(
+    live: dict[str, Attributes], wanted: list[tuple[str, Attributes]], initial: Collection[str] = ()
+) -> list[Change]:
     """Return the operations that turn `live` into `wanted`, in the order of `wanted`.
 
     `live` maps DNs to user attributes; entries that `wanted` does not name are left alone. Of an entry that
-    it names, every user attribute is compared and one that it does not list is removed, but for object
-    classes and the attribute of the RDN, which an entry keeps for life, and userPassword, which no text holds.
+    it names, every user attribute is compared and one that it does not list is removed, but for the attribute
+    of the RDN, which an entry keeps for life, userPassword, which no text holds, and the attributes in
+    `initial`, which count only when an entry is made. Object classes are added, never taken away.
     """
     known = {canonical_dn(dn): (dn, attributes) for dn, attributes in live.items()}
     result: list[Change] = []
@@ -71,13 +75,18 @@ def changes(live: dict[str, Attributes], wanted: list[tuple[str, Attributes]]) -
             result.append(Change("add", dn, {}, attributes))
             continue
         live_dn, present = known[canonical_dn(dn)]
-        fixed = {"objectclass", "userpassword", dn.split("=", 1)[0].lower()}
+        fixed = {"objectclass", "userpassword", dn.split("=", 1)[0].lower(), *(name.lower() for name in initial)}
         have = {name.lower(): (name, values) for name, values in present.items()}
         want = {name.lower(): (name, values) for name, values in attributes.items()}
         before: Attributes = {}
         after: Attributes = {}
         if not want.keys() - fixed:  # such as cn=schema: it has to be there, its content is slapd's own
             continue
+        classes = have.get("objectclass", ("objectClass", []))[1]
+        known_classes = {value.lower() for value in classes}
+        more = [value for value in want.get("objectclass", ("", []))[1] if value.lower() not in known_classes]
+        if more:
+            before["objectClass"], after["objectClass"] = classes, [*classes, *more]
         for name in sorted((have.keys() | want.keys()) - fixed):
             old = have.get(name, (name, []))[1]
             new = want.get(name, (name, []))[1]
