@@ -2,300 +2,285 @@
 
 from __future__ import annotations
 
-import base64
+import getpass
 import hashlib
 import json
 import os
-import secrets
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-import yaml
 from ansible import constants as C
-from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
-from hopthu.plan import Change, Entry, Plan, as_text, counts
-from hopthu.schema import load
-from hopthu.state import build
+from hopthu import export, report, state
+from hopthu.slips import Holder, Slips, SlipsRefused, check_certificates
 
-_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
-_DIFF_ENTRIES = 50
-_PENDING = ".pending.yml"
-
-
-def initial_password() -> str:
-    """Return a random password: 20 of 31 letters, 99 bits, in groups that can be typed."""
-    groups = ["".join(secrets.choice(_LETTERS) for _ in range(5)) for _ in range(4)]
-    return "-".join(groups)
-
-
-def ssha512(password: str) -> str:
-    """Return the salted SHA-512 hash that slapd's pw-sha2 verifies.
-
-    A fast hash is enough for a long random password that must be changed at first use.
-    """
-    salt = os.urandom(16)
-    digest = hashlib.sha512(password.encode() + salt).digest()
-    return "{SSHA512}" + base64.b64encode(digest + salt).decode()
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file that only its owner reads: whole or not at all, and on disk on return."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class Slips:
-    """Initial passwords on their way to people: encrypted files in one folder.
-
-    A file is called TIME.pending.yml until all its mailboxes exist, then TIME.yml. What an
-    interrupted run has left pending is taken over by the next, so nobody gets a second password.
-    """
-
-    def __init__(self, folder: Path, vault: Any) -> None:
-        self.folder = folder
-        self.vault = vault
-        self.leftover = sorted(folder.glob(f"*{_PENDING}")) if folder.is_dir() else []
-        self.pending: Path | None = None
-
-    def prepare(self, new: list[str], addresses: dict[str, str]) -> dict[str, str]:
-        """Write the slips of the ids in `new`; return their passwords, id to password.
-
-        `addresses` maps every id of the files to its address. Raises AnsibleActionFail without a
-        vault secret, before anything is written.
-        """
-        if not new and not self.leftover:
-            return {}
-        if not self.vault.secrets:
-            raise AnsibleActionFail(
-                "the slips with initial passwords need a vault secret to encrypt them: "
-                "run with --vault-password-file or --ask-vault-pass"
-            )
-        passwords = {identity: password for identity, password in self._left_over().items() if identity in addresses}
-        for identity in new:
-            passwords.setdefault(identity, initial_password())
-        if passwords:
-            slips = [
-                {"id": identity, "address": addresses[identity], "password": password}
-                for identity, password in sorted(passwords.items())
-            ]
-            text = yaml.safe_dump({"slips": slips}, allow_unicode=True, sort_keys=False)
-            time = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%fZ")
-            self.pending = self.folder / f"{time}{_PENDING}"
-            write_durably(self.pending, self.vault.encrypt(text))
-        for path in self.leftover:
-            path.unlink()
-        return passwords
-
-    def finish(self) -> Path | None:
-        """Give the pending file its final name, now that all its mailboxes exist."""
-        if self.pending is None:
-            return None
-        final = self.pending.with_name(self.pending.name.replace(_PENDING, ".yml"))
-        self.pending.rename(final)
-        sync_folder(self.folder)
-        return final
-
-    def _left_over(self) -> dict[str, str]:
-        """Return the passwords of files that an interrupted run has left."""
-        found: dict[str, str] = {}
-        for path in self.leftover:
-            try:
-                slips = yaml.safe_load(self.vault.decrypt(path.read_bytes()))["slips"]
-                found.update({slip["id"]: slip["password"] for slip in slips})
-            except (AnsibleError, yaml.YAMLError, KeyError, TypeError):
-                raise AnsibleActionFail(
-                    f"{path} cannot be decrypted with this run's vault secret: use the one of the interrupted run"
-                ) from None
-        return found
+_SESSION = ("base", "uri", "bind_dn", "password_file")
+_HOST_FOLDER = "/var/lib/hopthu/directory"
 
 
 class ActionModule(ActionBase):
     """The task `directory`; its options are documented in the module of the same name."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Validate; then, unless told otherwise, plan, write slips, and apply."""
+        """Do the step that the task names."""
         result: dict[str, Any] = super().run(tmp, task_vars)
         del tmp
-        text = {"type": "str"}
-        path = {"type": "path"}
+        text, path, paths = {"type": "str"}, {"type": "path"}, {"type": "list", "elements": "path"}
         _spec, args = self.validate_argument_spec(
             {
+                "step": {"type": "str", "required": True, "choices": ["validate", "plan", "apply", "export"]},
                 "path": {"type": "path", "required": True},
-                "validate_only": {"type": "bool", "default": False},
                 "base": text,
                 "uri": {"type": "str", "default": "ldapi:///"},
                 "bind_dn": text,
                 "password_file": path,
                 "slips_path": path,
+                "slips_certificates": paths,
                 "plan_file": path,
+                "plan_sha256": text,
+                "removals": {"type": "int"},
+                "resets": {"type": "list", "elements": "dict"},
+                "export_to": path,
+                "export_form": {"type": "str", "choices": ["yml", "csv", "json"], "default": "yml"},
             },
             required_if=[
+                ("step", "validate", ["slips_certificates"]),
+                ("step", "plan", ["base", "bind_dn", "password_file", "slips_path", "plan_file"]),
                 (
-                    "validate_only",
-                    False,
-                    ["base", "bind_dn", "password_file", "slips_path", "plan_file"],
-                )
+                    "step",
+                    "apply",
+                    [
+                        *("base", "bind_dn", "password_file", "slips_path", "slips_certificates"),
+                        *("plan_file", "plan_sha256"),
+                    ],
+                ),
+                ("step", "export", ["base", "bind_dn", "password_file", "export_to"]),
             ],
         )
-        folder = Path(args["path"])
-        shown = os.path.relpath(folder)
-        directory, problems = load(folder, str(folder) if shown.startswith("..") else shown)
-        entries = build(directory, problems)
-        if problems:
-            lines = [str(problem) for problem in sorted(set(problems))]
-            result.update(failed=True, msg="\n".join(lines), errors=lines)
-            return result
-        result.update(
-            changed=False,
-            domain=directory.policy.domain,
-            domains=list(directory.policy.domains),
-            units=len(directory.units),
-            people=len(directory.people),
-        )
-        if args["validate_only"]:
-            return result
+        self._args: dict[str, Any] = args
+        self._variables = task_vars or {}
         try:
-            return self._bring(entries, args, task_vars or {}, result)
-        finally:
-            self._remove_tmp_path(self._connection._shell.tmpdir)
-
-    def _bring(
-        self,
-        entries: list[Entry],
-        args: dict[str, Any],
-        task_vars: dict[str, Any],
-        result: dict[str, Any],
-    ) -> dict[str, Any]:
-        """Plan on the host, write slips here, apply on the host."""
-        if self._connection._shell.tmpdir is None:
-            self._make_tmp_path()
-        remote = self._connection._shell.tmpdir
-        names = ("desired_file", "plan_file", "hashes_file")
-        files = {name: self._connection._shell.join_path(remote, name) for name in names}
-        session = {name: args[name] for name in ("base", "uri", "bind_dn", "password_file")}
-
-        self._send(files["desired_file"], [asdict(entry) for entry in entries])
-        planned = self._module({**session, "mode": "plan", **_only(files, "desired_file", "plan_file")}, task_vars)
-        if planned.get("failed"):
-            return {**result, **planned}
-        if "live_unread" in planned:
-            self._display.warning(f"The live tree was taken as empty for this check: {planned['live_unread']}")
-        plan = Plan.from_json(self._fetch(files["plan_file"]))
-        write_plan(Path(args["plan_file"]), plan, applied=False)
-        result.update(
-            changed=bool(plan.changes),
-            counts=planned["counts"],
-            plan_file=args["plan_file"],
-            **_only(planned, "live_unread"),
-        )
-        if self._task.diff:
-            result["diff"] = diff(plan)
-        if self._task.check_mode:
-            return result
-
-        slips = Slips(Path(args["slips_path"]), self._loader._vault)
-        new = [change.id for change in plan.changes if change.action == "add"]
-        addresses = {entry.id: entry.attributes["mail"][0] for entry in entries}
-        passwords = slips.prepare(new, addresses)
-        if plan.changes:
-            hashes = {identity: ssha512(passwords[identity]) for identity in new}
-            self._send(files["hashes_file"], hashes)
-            applied = self._module({**session, "mode": "apply", **_only(files, "plan_file", "hashes_file")}, task_vars)
-            if applied.get("failed"):
-                return {**result, **applied}
-            write_plan(Path(args["plan_file"]), plan, applied=True)
-        slips_file = slips.finish()
-        if slips_file:
-            result["slips_file"] = str(slips_file)
+            result.update(getattr(self, f"_{args['step']}")())
+        except (SlipsRefused, export.ExportRefused) as refusal:
+            raise AnsibleActionFail(str(refusal)) from None
         return result
 
-    def _module(self, arguments: dict[str, Any], task_vars: dict[str, Any]) -> dict[str, Any]:
+    # --- steps ----------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, Any]:
+        """Read and check the files, and that slips can be encrypted."""
+        reading, failure = self._read(None)
+        if failure:
+            return failure
+        check_certificates([Path(name) for name in self._args["slips_certificates"]])
+        return _about(reading)
+
+    def _plan(self) -> dict[str, Any]:
+        """Read and check the files, let the host compare them with the live tree, and write down what it found."""
+        args = self._args
+        slips = Slips(Path(args["slips_path"]), [], self._loader._vault)
+        with _temporary_folder() as folder:
+            if args["resets"]:
+                (folder / "resets.json").write_text(json.dumps(_resets(args["resets"])), encoding="utf-8")
+            desired = folder / "desired.jsonl"
+            with desired.open("wb") as out:
+                reading, failure = self._read(out)
+            if failure:
+                return failure
+            temporary = self._make_tmp_path()
+            host_folder = temporary if self._task.check_mode else _HOST_FOLDER
+            sent = self._send(desired, f"{temporary}/desired.jsonl")
+            files = {"desired_file": sent, "plan_file": f"{host_folder}/plan.jsonl"}
+            if args["resets"]:
+                files["resets_file"] = self._send(folder / "resets.json", f"{temporary}/resets.json")
+            answer = self._module(
+                {**files, "mode": "plan", "removals": args["removals"], "issued": slips.interrupted()}
+            )
+            if answer.get("failed"):
+                return answer
+            fetched = folder / "plan.jsonl"
+            self._connection.fetch_file(files["plan_file"], str(fetched))
+            self._remove_tmp_path(temporary)
+            sha256 = _sha256(fetched)
+            header = report.write(fetched, Path(args["plan_file"]))
+            if not self._task.check_mode:
+                shutil.copyfile(fetched, _working_copy(args["plan_file"]))
+            result = {
+                **_about(reading),
+                **_only(answer, "live_unread"),
+                "counts": header["counts"],
+                "changed": header["counts"]["total"] > 0,
+                "lines": report.lines(fetched),
+                "refused": report.refused(fetched),
+                "hand_overs": header["hand_overs"],
+                "plan_file": args["plan_file"],
+                "plan_sha256": sha256,
+                "work": header["counts"]["total"] > 0 or bool(slips.interrupted()),
+            }
+            if self._task.diff:
+                result["diff"] = report.diff(fetched)
+        if header["stop"]:
+            result.update(failed=True, changed=False, msg=header["stop"])
+        return result
+
+    def _apply(self) -> dict[str, Any]:
+        """Write the slips, then let the host carry out the very plan that was shown."""
+        args = self._args
+        if self._task.check_mode:
+            return {"skipped": True, "msg": "check mode: the plan is made, not applied"}
+        certificates = [Path(name) for name in args["slips_certificates"]]
+        check_certificates(certificates)
+        slips = Slips(Path(args["slips_path"]), certificates, self._loader._vault)
+        plan = _working_copy(args["plan_file"])
+        if not plan.is_file() or _sha256(plan) != args["plan_sha256"]:
+            raise AnsibleActionFail(f"{plan} is not the plan that this run has made: run again")
+        header = report.header(plan)
+        issued = {run: [Holder(**holder) for holder in holders] for run, holders in header["issued"].items()}
+        finished = slips.recover(issued)
+        result: dict[str, Any] = {"changed": bool(finished), "slips_files": [str(path) for path in finished]}
+        if header["counts"]["total"]:
+            passwords = any(True for _holder in report.holders(plan))
+            with _temporary_folder() as folder:
+                secret = folder / "secrets.json"
+                key = slips.begin(report.holders(plan)).hex() if passwords else ""
+                secret.write_text(json.dumps({"key": key, "run": slips.run}), encoding="utf-8")
+                temporary = self._make_tmp_path()
+                answer = self._module(
+                    {
+                        "mode": "apply",
+                        "plan_file": f"{_HOST_FOLDER}/plan.jsonl",
+                        "plan_sha256": args["plan_sha256"],
+                        "secrets_file": self._send(secret, f"{temporary}/secrets.json"),
+                        "decision": {"by": _operator(), "commit": _commit(Path(args["path"]))},
+                    }
+                )
+                self._remove_tmp_path(temporary)
+            if answer.get("failed"):
+                return {**result, **answer}
+            result["changed"] = True
+            if passwords:
+                result["slips_files"].append(str(slips.finish()))
+        report.mark_applied(Path(args["plan_file"]))
+        plan.unlink()
+        return result
+
+    def _export(self) -> dict[str, Any]:
+        """Write the live tree back into files."""
+        args = self._args
+        target = Path(args["export_to"])
+        reading, failure = self._read(None)
+        if failure:
+            return failure
+        with _temporary_folder() as folder:
+            temporary = self._make_tmp_path()
+            answer = self._module({"mode": "export", "export_file": f"{temporary}/export.jsonl"})
+            if answer.get("failed"):
+                return answer
+            fetched = folder / "export.jsonl"
+            self._connection.fetch_file(f"{temporary}/export.jsonl", str(fetched))
+            self._remove_tmp_path(temporary)
+            with fetched.open(encoding="utf-8") as lines:
+                written = export.write(lines, reading.policy, target, args["export_form"])
+        return {"changed": True, **_about(reading), "files": [str(path) for path in written]}
+
+    # --- helpers --------------------------------------------------------------------------------
+
+    def _read(self, out: Any) -> tuple[state.Reading, dict[str, Any]]:
+        """Read and check the folder of files; the second value is the failed result when there are problems."""
+        folder = Path(self._args["path"])
+        shown = os.path.relpath(folder)
+        reading = state.read(folder, str(folder) if shown.startswith("..") else shown, out, date.today())
+        if not reading.problems:
+            return reading, {}
+        lines = [str(problem) for problem in sorted(set(reading.problems))]
+        return reading, {"failed": True, "msg": "\n".join(lines), "errors": lines}
+
+    def _module(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Run the module of the same name on the host."""
-        done: dict[str, Any] = self._execute_module(module_name="directory", module_args=arguments, task_vars=task_vars)
+        session = {name: self._args[name] for name in _SESSION}
+        given = {name: value for name, value in {**session, **arguments}.items() if value is not None}
+        done: dict[str, Any] = self._execute_module(
+            module_name="directory", module_args=given, task_vars=self._variables
+        )
         done.pop("invocation", None)
         return done
 
-    def _send(self, path: str, value: Any) -> None:
-        """Put JSON into a file on the host that only its owner reads."""
-        self._transfer_data(path, json.dumps(value, ensure_ascii=False).encode())
-        self._remote_chmod([path], "0600")
+    def _send(self, local: Path, remote: str) -> str:
+        """Put a file on the host, where only its owner reads it; return its name there."""
+        self._transfer_file(str(local), remote)
+        self._remote_chmod([remote], "0600")
+        return remote
 
-    def _fetch(self, path: str) -> Any:
-        """Read a JSON file of the host."""
-        folder = tempfile.mkdtemp(dir=C.DEFAULT_LOCAL_TMP)
-        try:
-            local = Path(folder) / "plan"
-            self._connection.fetch_file(path, str(local))
-            return json.loads(local.read_text(encoding="utf-8"))
-        finally:
-            shutil.rmtree(folder)
+
+def _about(reading: state.Reading) -> dict[str, Any]:
+    return {
+        "domain": reading.domain,
+        "domains": list(reading.domains),
+        "units": reading.units,
+        "people": reading.people,
+    }
+
+
+def _resets(given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the resets without grounds that are empty."""
+    return [{"id": item["id"], "refs": {name: ref for name, ref in item["refs"].items() if ref}} for item in given]
 
 
 def _only(mapping: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: mapping[name] for name in names if name in mapping}
 
 
-def write_plan(path: Path, plan: Plan, *, applied: bool) -> None:
-    """Write the plan for people and scripts; it never holds a password or a hash."""
-    rows = [
-        {
-            "action": change.action,
-            "kind": change.kind,
-            "id": change.id,
-            "address": (change.after or change.before or {}).get("mail", [""])[0],
-            "before": change.before,
-            "after": change.after,
-            "refs": change.refs,
-            "refused": None,
-        }
-        for change in plan.changes
-    ]
-    value = {"applied": applied, "counts": counts(plan.changes), "changes": rows}
-    write_durably(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Give a folder on the controller that only this user reads and that is gone afterwards."""
+    folder = tempfile.mkdtemp(dir=C.DEFAULT_LOCAL_TMP)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
-def diff(plan: Plan) -> list[dict[str, str]]:
-    """Return before and after per mailbox, for at most 50 of them."""
-    shown = [_diff(change) for change in plan.changes[:_DIFF_ENTRIES]]
-    more = len(plan.changes) - len(shown)
-    if more:
-        shown.append({"prepared": f"… and {more} more mailboxes, all of them in the plan file\n"})
-    return shown
+def _working_copy(plan_file: str) -> Path:
+    """Return where the plan waits, between the two steps, as the host made it."""
+    return Path(f"{plan_file}.work")
 
 
-def _diff(change: Change) -> dict[str, str]:
-    header = f"{change.kind} {change.id}"
-    return {
-        "before_header": header,
-        "after_header": header,
-        "before": as_text(change.kind, change.before),
-        "after": as_text(change.kind, change.after),
-    }
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _operator() -> str:
+    """Return who runs this: login name and machine, and the name behind sudo."""
+    behind = os.environ.get("SUDO_USER")
+    return f"{getpass.getuser()}@{socket.gethostname()}" + (f" (sudo by {behind})" if behind else "")
+
+
+def _commit(folder: Path) -> str:
+    """Return the git commit of the files in `folder`, with "+changes" when they differ from it."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", folder.resolve(), *arguments], capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return "not under version control"
+    return commit + ("+changes" if git("status", "--porcelain", "--", ".") else "")

@@ -4,53 +4,65 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
+import os
 import re
 import stat
+import subprocess
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import yaml
-from ansible.errors import AnsibleActionFail
 from ansible.parsing.vault import VaultLib, VaultSecret
 
+from hopthu.passwords import initial_password, ssha512
+from hopthu.slips import Holder, Slips, SlipsRefused, check_certificates
 
-def _plugin() -> ModuleType:
-    path = Path(__file__).parents[2] / "plugins" / "action" / "directory.py"
-    spec = importlib.util.spec_from_file_location("directory_action", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+AN = Holder("p1", "person", "an@daklak.gov.vn", "Lê <An>", "Sở Nội vụ")
+BINH = Holder("p2", "person", "binh@daklak.gov.vn", "Trần Bình", "Sở Nội vụ")
+OFFICE = Holder("dl-02", "unit", "sonoivu@daklak.gov.vn", "Sở Nội vụ", "Sở Nội vụ")
 
 
-directory = _plugin()
-ADDRESSES = {"p1": "an@daklak.gov.vn", "p2": "binh@daklak.gov.vn"}
+@pytest.fixture(scope="module")
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("operator")
+    subject = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc", "-subj", "/CN=operator"]
+    files = ["-keyout", folder / "key.pem", "-out", folder / "cert.pem"]
+    subprocess.run(["openssl", "req", *subject, *files], check=True, capture_output=True)
+    return folder
 
 
 def vault(secret: str = "one") -> VaultLib:
     return VaultLib([("default", VaultSecret(secret.encode()))])
 
 
-def slips_of(path: Path) -> list[dict[str, Any]]:
-    content = yaml.safe_load(vault().decrypt(path.read_bytes()))
-    assert list(content) == ["slips"]
-    slips: list[dict[str, Any]] = content["slips"]
-    return slips
+def slips_in(folder: Path, operator: Path, secret: str = "one") -> Slips:
+    return Slips(folder / "slips", [operator / "cert.pem"], vault(secret))
 
 
-def test_passwords_are_long_random_and_without_doubtful_letters() -> None:
-    passwords = {directory.initial_password() for _number in range(500)}
+def opened(path: Path, operator: Path) -> dict[str, str]:
+    command = ["openssl", "cms", "-decrypt", "-binary", "-inform", "DER", "-inkey", operator / "key.pem", "-in", path]
+    pages = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(re.findall(r'<section data-id="([^"]+)".*?<dd class="p">([^<]+)</dd>', pages, re.DOTALL))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(re.sub(r"^\w+?Z", "TIME", path.name) for path in (folder / "slips").iterdir())
+
+
+def test_passwords_are_long_and_without_doubtful_letters() -> None:
+    passwords = {initial_password(os.urandom(32), "p1") for _number in range(500)}
     assert len(passwords) == 500
     for password in passwords:
         assert re.fullmatch("([a-hjkmnp-z2-9]{5}-){3}[a-hjkmnp-z2-9]{5}", password)
 
 
+def test_a_password_hangs_on_key_and_mailbox_and_on_nothing_else() -> None:
+    key = os.urandom(32)
+    assert initial_password(key, "p1") == initial_password(key, "p1")
+    assert initial_password(key, "p1") != initial_password(key, "p2")
+
+
 def test_the_hash_is_salted_sha512() -> None:
-    first, second = directory.ssha512("mật khẩu"), directory.ssha512("mật khẩu")
+    first, second = ssha512("mật khẩu"), ssha512("mật khẩu")
     assert first != second
     for hashed in (first, second):
         raw = base64.b64decode(hashed.removeprefix("{SSHA512}"))
@@ -59,73 +71,58 @@ def test_the_hash_is_salted_sha512() -> None:
         assert hashlib.sha512("mật khẩu".encode() + salt).digest() == digest
 
 
-def test_slips_are_encrypted_private_and_named_when_done(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "slips"
-    slips = directory.Slips(folder, vault())
-    passwords = slips.prepare(["p2", "p1"], ADDRESSES)
-    (pending,) = folder.iterdir()
-    assert pending.name.endswith(".pending.yml")
-    assert pending.read_bytes().startswith(b"$ANSIBLE_VAULT;")
-    final = slips.finish()
-    assert list(folder.iterdir()) == [final]
-    assert re.fullmatch(r"\d{8}T\d{12}Z\.yml", final.name)
-    assert stat.S_IMODE(final.stat().st_mode) == 0o600
-    assert slips_of(final) == [
-        {"id": identity, "address": ADDRESSES[identity], "password": passwords[identity]} for identity in ("p1", "p2")
-    ]
+@pytest.mark.requirement("DL-6.2", "CT-6.2")
+def test_each_mailbox_has_a_page_that_only_the_operator_opens(tmp_path: Path, operator: Path) -> None:
+    slips = slips_in(tmp_path, operator)
+    key = slips.begin([AN, OFFICE])
+    assert names(tmp_path) == ["TIME.pending.cms", "TIME.pending.yml"]
+    path = slips.finish()
+    assert names(tmp_path) == ["TIME.cms"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert initial_password(key, "p1").encode() not in path.read_bytes()
+    assert opened(path, operator) == {name: initial_password(key, name) for name in ("p1", "dl-02")}
 
 
-def test_nothing_new_writes_nothing_and_needs_no_vault(tmp_path: Path) -> None:
-    slips = directory.Slips(tmp_path / "slips", VaultLib([]))
-    assert slips.prepare([], ADDRESSES) == {}
-    assert slips.finish() is None
+def test_without_a_vault_secret_nothing_is_written(tmp_path: Path, operator: Path) -> None:
+    slips = Slips(tmp_path / "slips", [operator / "cert.pem"], VaultLib([]))
+    with pytest.raises(SlipsRefused, match="--vault-password-file"):
+        slips.begin([AN])
     assert not (tmp_path / "slips").exists()
 
 
-@pytest.mark.parametrize("secrets", [[], None])
-def test_without_a_vault_secret_nothing_is_written(tmp_path: Path, secrets: Any) -> None:
-    slips = directory.Slips(tmp_path / "slips", VaultLib(secrets))
-    with pytest.raises(AnsibleActionFail, match="vault secret"):
-        slips.prepare(["p1"], ADDRESSES)
-    assert not (tmp_path / "slips").exists()
+def test_an_interrupted_run_keeps_the_pages_of_mailboxes_that_exist(tmp_path: Path, operator: Path) -> None:
+    key = slips_in(tmp_path, operator).begin([AN, BINH])
+    slips = slips_in(tmp_path, operator)
+    [run] = slips.interrupted()
+    [path] = slips.recover({run: [AN]})
+    assert opened(path, operator) == {"p1": initial_password(key, "p1")}
+    assert names(tmp_path) == ["TIME.cms"]
+    assert slips.interrupted() == []
 
 
-def test_an_interrupted_run_is_taken_over(tmp_path: Path) -> None:
-    first = directory.Slips(tmp_path, vault()).prepare(["p1", "p2", "p3"], {**ADDRESSES, "p3": "c@x"})
-    # p1 was made before the crash; p2 was not and has a new address; p3 has left the files.
-    second = directory.Slips(tmp_path, vault())
-    moved = {**ADDRESSES, "p2": "binh2@daklak.gov.vn", "p4": "d@daklak.gov.vn"}
-    passwords = second.prepare(["p2", "p4"], moved)
-    assert passwords["p1"] == first["p1"]
-    assert passwords["p2"] == first["p2"]
-    assert passwords["p4"] not in first.values()
-    final = second.finish()
-    assert list(tmp_path.iterdir()) == [final]
-    assert [(slip["id"], slip["address"]) for slip in slips_of(final)] == [
-        ("p1", "an@daklak.gov.vn"),
-        ("p2", "binh2@daklak.gov.vn"),
-        ("p4", "d@daklak.gov.vn"),
-    ]
+def test_an_interrupted_run_that_made_nothing_leaves_nothing(tmp_path: Path, operator: Path) -> None:
+    slips_in(tmp_path, operator).begin([AN])
+    slips = slips_in(tmp_path, operator)
+    assert slips.recover({slips.interrupted()[0]: []}) == []
+    assert names(tmp_path) == []
 
 
-def test_a_crash_before_the_last_rename_is_finished_without_new_mailboxes(tmp_path: Path) -> None:
-    first = directory.Slips(tmp_path, vault()).prepare(["p1"], ADDRESSES)
-    second = directory.Slips(tmp_path, vault())
-    assert second.prepare([], ADDRESSES) == first
-    final = second.finish()
-    assert list(tmp_path.iterdir()) == [final]
-    assert slips_of(final)[0]["password"] == first["p1"]
+def test_another_vault_secret_is_refused_and_nothing_is_lost(tmp_path: Path, operator: Path) -> None:
+    slips_in(tmp_path, operator).begin([AN])
+    slips = slips_in(tmp_path, operator, "another")
+    with pytest.raises(SlipsRefused, match="use the one of the interrupted run"):
+        slips.recover({slips.interrupted()[0]: [AN]})
+    assert names(tmp_path) == ["TIME.pending.cms", "TIME.pending.yml"]
 
 
-def test_finished_slips_are_never_used_again(tmp_path: Path) -> None:
-    slips = directory.Slips(tmp_path, vault())
-    first = slips.prepare(["p1"], ADDRESSES)
-    slips.finish()
-    assert directory.Slips(tmp_path, vault()).prepare(["p1"], ADDRESSES)["p1"] != first["p1"]
+@pytest.mark.parametrize(("content", "said"), [(None, "is missing"), ("nonsense", "is no certificate")])
+def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path, content: str | None, said: str) -> None:
+    path = tmp_path / "operator.pem"
+    if content:
+        path.write_text(content)
+    with pytest.raises(SlipsRefused, match=f"operator.pem {said}"):
+        check_certificates([path])
 
 
-def test_leftovers_of_another_secret_stop_the_run_and_stay(tmp_path: Path) -> None:
-    directory.Slips(tmp_path, vault()).prepare(["p1"], ADDRESSES)
-    with pytest.raises(AnsibleActionFail, match=r"pending\.yml cannot be decrypted"):
-        directory.Slips(tmp_path, vault("two")).prepare(["p1"], ADDRESSES)
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_good_certificate_passes(operator: Path) -> None:
+    check_certificates([operator / "cert.pem"])

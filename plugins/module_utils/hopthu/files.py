@@ -7,8 +7,9 @@ Nothing here knows what a field means, and nothing here raises for bad input: ev
 from __future__ import annotations
 
 import csv
-import io
 import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ import yaml
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEPTH = 8  # the deepest legal file has 5 levels
-_LIST_FIELDS = frozenset({"aliases"})  # what CSV splits at ";"
 
 
 @dataclass(frozen=True, order=True)
@@ -30,7 +30,7 @@ class Problem:
     text: str
 
     def __str__(self) -> str:
-        field = f"{self.field}: " if self.field else ""
+        field = f"{short(self.field)}: " if self.field else ""
         text = f"{self.file}:{self.line}: {field}{self.text}"
         return "".join(char if char.isprintable() else "?" for char in text)
 
@@ -81,9 +81,14 @@ def read_mapping(path: Path, shown: str) -> Record:
 
     Raises Fault for unreadable or malformed YAML, double keys, anchors, tags, and another root.
     """
+    return next(_read_yaml(path, shown, lambda document: document.whole()))
+
+
+def _read_yaml(path: Path, shown: str, take: Callable[[_Yaml], Iterator[Record]]) -> Iterator[Record]:
+    """Give what `take` takes from a YAML file; a Fault names what the parser could not read."""
     text = read_text(path, shown)
     try:
-        return _Yaml(text, shown).document()
+        yield from take(_Yaml(text, shown))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -105,20 +110,53 @@ class _Yaml:
         self.loader = _Loader(text)
         self.shown = shown
 
-    def document(self) -> Record:
-        """Return the root mapping."""
+    def whole(self) -> Iterator[Record]:
+        """Give the root mapping, once the document has proved good to its end."""
+        root = self.mapping(self.start(), 0)
+        self.end()
+        yield root
+
+    def records(self, root: str) -> Iterator[Record]:
+        """Give one by one the mappings in the list below the only key `root`."""
+        found = None
+        self.start()
+        while not isinstance(key := self.loader.get_event(), yaml.MappingEndEvent):
+            line = key.start_mark.line + 1
+            name = key.value if isinstance(key, yaml.ScalarEvent) else ""
+            if name != root or found:
+                text = "stands twice in one mapping: keep one" if found else f"is unknown: the only root is {root}"
+                raise Fault(self.shown, line, text, name)
+            found = line
+            event = self.loader.get_event()
+            if not isinstance(event, yaml.SequenceStartEvent) or event.anchor is not None or event.tag is not None:
+                self.value(event, 0)
+                raise Fault(self.shown, line, f"must be a list; write {root}: [] when it is empty", root)
+            while not isinstance(event := self.loader.get_event(), yaml.SequenceEndEvent):
+                item = self.value(event, 1)
+                if not isinstance(item, Record):
+                    line = event.start_mark.line + 1
+                    raise Fault(self.shown, line, f'"{short(item)}" must be a mapping such as "- id: x"', root)
+                yield item
+        if not found:
+            raise Fault(self.shown, 1, f"must be a list; write {root}: [] when it is empty", root)
+        self.end()
+
+    def start(self) -> Any:
+        """Enter the document; return the event that begins its root mapping."""
         self.loader.get_event()
         start = self.loader.get_event()
         event = self.loader.get_event() if isinstance(start, yaml.DocumentStartEvent) else start
         if not isinstance(event, yaml.MappingStartEvent):
             raise Fault(self.shown, 1, "must be a mapping of the form key: value")
-        root = self.mapping(event, 0)
+        return event
+
+    def end(self) -> None:
+        """Leave the document, which must be the only one."""
         self.loader.get_event()
         after = self.loader.get_event()
         if not isinstance(after, yaml.StreamEndEvent):
             line = after.start_mark.line + 1
             raise Fault(self.shown, line, "starts a second document: keep one")
-        return root
 
     def value(self, event: Any, depth: int) -> Any:
         """Return what begins with `event`."""
@@ -171,64 +209,59 @@ class _Yaml:
             raise Fault(self.shown, line, f'put "{short(text)}" in quotes') from None
 
 
-def read_list(path: Path, shown: str, root: str) -> list[Record]:
-    """Read the records below the key `root` of a .yml or .json file, or the rows of a .csv file.
+def read_list(path: Path, shown: str, root: str, columns: Mapping[str, bool]) -> Iterator[Record]:
+    """Read, one by one, the records below the key `root` of a .yml or .json file, or the rows of a .csv file.
 
-    Raises Fault when the file as a whole cannot be used.
+    `columns` maps the names a CSV file may have to whether the cell is a list, separated by ";".
+
+    Raises Fault where the file cannot be used any further.
     """
     if path.suffix == ".csv":
-        return _read_csv(read_text(path, shown), shown)
+        return _read_csv(path, shown, columns)
     if path.suffix == ".json":
         return _read_json(read_text(path, shown), shown, root)
-    record = read_mapping(path, shown)
-    for key in record.fields:
-        if key != root:
-            raise Fault(shown, record.lines[key], f"is unknown: the only root is {root}", key)
-    items = record.fields.get(root)
-    if not isinstance(items, list):
-        line = record.lines.get(root, 1)
-        raise Fault(shown, line, f"must be a list; write {root}: [] when it is empty", root)
-    for item in items:
-        if not isinstance(item, Record):
-            line = record.lines[root]
-            raise Fault(shown, line, f'"{short(item)}" must be a mapping such as "- id: x"', root)
-    return items
+    return _read_yaml(path, shown, lambda document: document.records(root))
 
 
-def _read_csv(text: str, shown: str) -> list[Record]:
+def _read_csv(path: Path, shown: str, columns: Mapping[str, bool]) -> Iterator[Record]:
     """Rows of a comma-separated file with a header; empty cells are absent fields."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    records: list[Record] = []
-    header: list[str] = []
     line = 1
     try:
-        for row in reader:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
             if not header:
-                header = [name.strip() for name in row]
-                double = {name for name in header if header.count(name) > 1}
-                if double or not all(header):
-                    name = min(double) if double else ""
-                    raise Fault(shown, line, "the header needs a name per column, each once", name)
-            elif row:
-                if len(row) != len(header):
+                raise Fault(shown, 1, "is empty: the first row must name the columns")
+            if len(header) == 1 and ";" in header[0]:
+                raise Fault(shown, 1, 'separates its columns by ";": save it as CSV with commas')
+            double = {name for name in header if header.count(name) > 1}
+            if double or not all(header):
+                name = min(double) if double else ""
+                raise Fault(shown, 1, "the header needs a name per column, each once", name)
+            lines = {name: 1 for name in header if name not in columns}  # a wrong column is told once, not per row
+            lists = [name for name in header if columns.get(name)]
+            line = reader.line_num + 1
+            for row in reader:
+                if len(row) == len(header):
+                    fields: dict[str, Any] = {
+                        name: cell for name, raw in zip(header, row, strict=True) if raw and (cell := raw.strip())
+                    }
+                    for name in lists:
+                        if name in fields:
+                            fields[name] = [part.strip() for part in fields[name].split(";")]
+                    yield Record(shown, line, fields, lines)
+                elif row:
                     counts = f"{len(row)} cells, the header {len(header)}"
                     raise Fault(shown, line, f"the row has {counts}: quote cells that hold a comma")
-                fields: dict[str, Any] = {}
-                for name, cell in zip(header, row, strict=True):
-                    if name in _LIST_FIELDS and cell.strip():
-                        fields[name] = [part.strip() for part in cell.split(";")]
-                    elif cell.strip():
-                        fields[name] = cell
-                records.append(Record(shown, line, fields))
-            line = reader.line_num + 1
+                line = reader.line_num + 1
     except csv.Error as error:
         raise Fault(shown, line, f"is not valid CSV ({error}): correct the row") from None
-    if not header:
-        raise Fault(shown, 1, "is empty: the first row must name the columns")
-    return records
+    except (OSError, UnicodeDecodeError):
+        read_text(path, shown)
+        raise
 
 
-def _read_json(text: str, shown: str, root: str) -> list[Record]:
+def _read_json(text: str, shown: str, root: str) -> Iterator[Record]:
     """Records of {"root": [{…}, …]}, taken one by one so that each knows its line."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -243,13 +276,13 @@ def _read_json(text: str, shown: str, root: str) -> list[Record]:
         raise Fault(shown, line, f"{name} is not a JSON value: remove it")
 
     decoder = json.JSONDecoder(object_pairs_hook=pairs, parse_constant=constant)
-    records: list[Record] = []
+    space = re.compile(r"[ \t\r\n]*")
     position, line, counted = 0, 1, 0
+    lines: dict[str, int] = {}
 
     def expect(signs: str) -> str:
         nonlocal position
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
+        position = space.match(text, position).end()  # type: ignore[union-attr]
         sign = text[position : position + 1]
         if not sign or sign not in signs:
             at = text.count("\n", 0, position) + 1
@@ -271,7 +304,7 @@ def _read_json(text: str, shown: str, root: str) -> list[Record]:
             line += text.count("\n", counted, position)
             counted = position
             fields, position = decoder.raw_decode(text, position)
-            records.append(Record(shown, line, fields))
+            yield Record(shown, line, fields, lines)
             sign = expect(",]")
             if sign == ",":
                 sign = expect("{")
@@ -283,11 +316,12 @@ def _read_json(text: str, shown: str, root: str) -> list[Record]:
         raise Fault(shown, error.lineno, f"is not valid JSON ({error.msg}): correct it") from None
     except (RecursionError, ValueError):
         raise Fault(shown, line, "is not valid JSON: correct it") from None
-    return records
 
 
 def short(value: object) -> str:
     """Show a value of a file in a sentence: on one line, at most 40 characters."""
+    if value is None:
+        return "null"
     if isinstance(value, Record | dict):
         return "a mapping"
     if isinstance(value, list):

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
+from functools import lru_cache
+
+from .files import short
 
 LOCAL_PART_OCTETS = 64  # RFC 5321, 4.5.3.1.1
 
@@ -36,6 +40,9 @@ def clean(text: str) -> str:
 
     Zero-width characters and the no-break space count as white space.
     """
+    usual = text.isprintable() and "  " not in text and text[:1] != " " and text[-1:] != " "
+    if usual and unicodedata.is_normalized("NFC", text):  # nearly always: nothing to do
+        return text
     return unicodedata.normalize("NFC", _SPACES.sub(" ", text).strip())
 
 
@@ -64,19 +71,19 @@ def transliterate(text: str) -> str:
     name = clean(text)
     legacy = legacy_encoding(name)
     if legacy:
-        raise NameRefused(f'"{name}" is in {legacy}, not Unicode: convert it (QĐ 72/2002)')
+        raise NameRefused(f'"{short(name)}" is in {legacy}, not Unicode: convert it (QĐ 72/2002)')
     if "ñ" in name.lower():
-        raise NameRefused(f'the ñ of "{name}" may be a VNI đ: give local_part, or write đ')
+        raise NameRefused(f'the ñ of "{short(name)}" may be a VNI đ: give local_part, or write đ')
     apart = unicodedata.normalize("NFD", name.translate(_D_LETTERS))
     bare = "".join(char for char in apart if unicodedata.category(char) != "Mn").lower()
     result = _DROPPED.sub("", bare)
     wrong = re.search("[^a-z0-9]", result)
     if wrong:
-        raise NameRefused(f'"{wrong[0]}" of "{name}" has no letter in an address: give local_part')
+        raise NameRefused(f'"{wrong[0]}" of "{short(name)}" has no letter in an address: give local_part')
     if not result:
-        raise NameRefused(f'"{name}" leaves nothing for an address: give local_part')
+        raise NameRefused(f'"{short(name)}" leaves nothing for an address: give local_part')
     if len(result) > LOCAL_PART_OCTETS:
-        raise NameRefused(f'"{result}" is longer than 64 octets: give a shorter local_part')
+        raise NameRefused(f'"{short(result)}" is longer than 64 octets: give a shorter local_part')
     return result
 
 
@@ -88,38 +95,39 @@ def check_local_part(text: str) -> str:
     Raises NameRefused otherwise, or when it is longer than 64 octets (RFC 5321, 4.5.3.1.1).
     """
     if not _LOCAL_PART.fullmatch(text):
-        raise NameRefused(f'"{text}" may hold only a-z, 0-9 and, between them, the signs . _ -')
+        raise NameRefused(f'"{short(text)}" may hold only a-z, 0-9 and, between them, the signs . _ -')
     if len(text) > LOCAL_PART_OCTETS:
-        raise NameRefused(f'"{text}" is longer than 64 octets: shorten it')
+        raise NameRefused(f'"{short(text)}" is longer than 64 octets: shorten it')
     return text
 
 
-def check_pattern(pattern: str, places: frozenset[str]) -> str:
-    """Return an address pattern such as "{ho}{dem}{ten}-{unit}" when it uses only `places`.
+Pattern = list[tuple[str, str]]
+"""An address pattern taken apart: fixed signs, and the place that follows them ("" at the end)."""
 
-    Raises NameRefused when a place is unknown, a brace is left over, or nothing is filled in.
+
+def take_apart(pattern: str) -> Pattern:
+    """Take apart a pattern such as "{hovaten}-{unit}"; hovaten is họ, đệm and tên (HT-2.2).
+
+    >>> take_apart("{hovaten}-{unit}")
+    [('', 'ho'), ('', 'dem'), ('', 'ten'), ('-', 'unit'), ('', '')]
     """
-    found = _PLACE.findall(pattern)
-    known = ", ".join(f"{{{place}}}" for place in sorted(places))
-    for place in found:
-        if place not in places:
-            raise NameRefused(f"the pattern's {{{place}}} is unknown: use {known}")
-    fixed = _PLACE.sub("", pattern)
-    if not found or re.search("[^a-z0-9._-]", fixed):
-        raise NameRefused(f'the pattern "{pattern}" must be made of a-z 0-9 . _ - and {known}')
-    return pattern
+    pieces = [*_PLACE.split(pattern.replace("{hovaten}", "{ho}{dem}{ten}")), ""]
+    return list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-def fill_pattern(pattern: str, values: dict[str, str]) -> str:
+def fill_pattern(pattern: Pattern, values: Mapping[str, str]) -> str:
     """Fill an address pattern with transliterated `values`; an empty value fills nothing.
 
     Values are data: braces inside them are never read as places.
 
     Raises NameRefused as `transliterate` and `check_local_part` do.
     """
+    text = ""
+    for fixed, place in pattern:
+        text += fixed
+        if place and (value := values[place]):
+            text += _transliterated(value)
+    return check_local_part(text)
 
-    def fill(match: re.Match[str]) -> str:
-        value = values[match[1]]
-        return transliterate(value) if value else ""
 
-    return check_local_part(_PLACE.sub(fill, pattern))
+_transliterated = lru_cache(maxsize=16384)(transliterate)

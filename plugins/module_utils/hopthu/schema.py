@@ -1,431 +1,311 @@
-"""Records to the typed policy, units and people of a province.
+"""The JSON Schemas of the directory files, compiled to checks of records.
 
-Each field is checked by itself here; what concerns several records is checked in `state`.
-A record with a fault still becomes a Unit or Person, so that the faults of others are found too.
+The schemas in inventories/schema/ are the only place where types, patterns and enumerations of fields
+stand; editors read them too. Beside JSON Schema's own words (draft 2020-12) they carry `x-sentence` (what is said
+after a value that does not fit), `x-missing` (how to fill a missing field) and `x-text` (text is cleaned before
+use; a "name" must also not be in an old encoding).
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from datetime import date
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from .files import Fault, Problem, Record, read_list, read_mapping, short
-from .names import check_pattern, clean, legacy_encoding
+from .files import Problem, Record, short
+from .names import clean, legacy_encoding
 
-UNIT_STATES = ("active", "suspended", "legacy", "dissolved")
-PERSON_STATES = ("active", "suspended", "left")
-RECEIVING_NAMES = ("postmaster", "abuse")  # RFC 2142, sections 4 and 5
-
-_UNIT_PLACES = frozenset({"name", "code", "parent"})
-_PERSON_PLACES = frozenset({"ho", "dem", "ten", "unit"})
-_SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+FOLDER = Path(__file__).resolve().parents[3] / "inventories" / "schema"
 
 Parse = Callable[[Any], Any]
-"""Takes a value as read, returns it typed; raises ValueError with one sentence."""
+"""Takes a value as read, returns it cleaned; raises ValueError with one sentence."""
 
 
-@dataclass(frozen=True)
-class Delegate:
-    """A person who may act for a unit's head."""
+class Fields:
+    """What a mapping may hold: a check per known key, and one for all other keys where they are allowed."""
 
-    person: str
-    role: str | None = None
-    delegation_ref: str | None = None
-
-
-@dataclass
-class Unit:
-    """An office with a mailbox (hộp thư đơn vị). `quota` is in octets."""
-
-    record: Record
-    id: str = ""
-    name: str = ""
-    code: str = ""
-    parent: str = ""
-    category: str = ""
-    local_part: str = ""
-    aliases: tuple[str, ...] = ()
-    head: str = ""
-    delegates: tuple[Delegate, ...] = ()
-    state: str = "active"
-    quota: int | None = None
-    refs: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Person:
-    """An official with a mailbox (hộp thư cá nhân). `quota` is in octets."""
-
-    record: Record
-    id: str = ""
-    ho: str = ""
-    dem: str = ""
-    ten: str = ""
-    unit: str = ""
-    title: str = ""
-    category: str = ""
-    local_part: str = ""
-    aliases: tuple[str, ...] = ()
-    state: str = "active"
-    quota: int | None = None
-    refs: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Policy:
-    """What the province has decided. `quota_*` are octets; `reserved` maps names to unit ids."""
-
-    record: Record
-    domain: str = ""
-    alias_domains: tuple[str, ...] = ()
-    patterns: dict[str, str] = field(default_factory=dict)
-    reserved: dict[str, str | None] = field(default_factory=dict)
-    reserved_record: Record | None = None
-    quota_unit: int = 0
-    quota_person: int = 0
+    def __init__(self, schema: dict[str, Any], file: str) -> None:
+        self.known: dict[str, Check] = {}
+        self.texts: dict[str, Parse] = {}
+        self.missing: dict[str, str] = {}
+        self.sentence: str = schema.get("x-sentence", "must be a mapping of the form key: value")
+        self.defaults: dict[str, Any] = {}
+        for name, part in schema.get("properties", {}).items():
+            whole, place = _resolve(part, file)
+            check = self.known[name] = _compile(whole, place)
+            if isinstance(check, Text):
+                self.texts[name] = check.parse
+            if name in schema.get("required", ()):
+                self.missing[name] = whole.get("x-missing", "fill it in")
+            if "default" in whole:
+                self.defaults[name] = whole["default"]
+            elif isinstance(check, Fields) and check.defaults:
+                self.defaults[name] = check.defaults
+        others = schema.get("additionalProperties", True)
+        self.open = others is not False
+        self.others = _compile(*_resolve(others, file)) if isinstance(others, dict) else _anything
+        keys = schema.get("propertyNames")
+        self.keys = _leaf(_resolve(keys, file)[0]) if keys else _anything
 
     @property
-    def domains(self) -> tuple[str, ...]:
-        """Return the main domain and then the alias domains."""
-        return (self.domain, *self.alias_domains)
+    def lists(self) -> dict[str, bool]:
+        """Map each known key to whether its value is a list."""
+        return {name: isinstance(check, Items) for name, check in self.known.items()}
 
-
-@dataclass
-class Directory:
-    """A province's directory as its files have it; `complete` when every file could be read."""
-
-    policy: Policy
-    units: list[Unit]
-    people: list[Person]
-    complete: bool = True
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"must be text, not {short(value)}: put it in quotes")
-    result = clean(value)
-    if not result:
-        raise ValueError("is empty: fill it in or leave it out")
-    if any(unicodedata.category(char) in ("Cc", "Cs", "Co", "Cn") for char in result):
-        raise ValueError(f'"{short(result)}" holds a control character: remove it')
-    return result
-
-
-def _name(value: Any) -> str:
-    result = _text(value)
-    legacy = legacy_encoding(result)
-    if legacy:
-        raise ValueError(f'"{short(result)}" is in {legacy}: convert it to Unicode (QĐ 72/2002)')
-    return result
-
-
-def _matching(pattern: str, sentence: str) -> Parse:
-    compiled = re.compile(pattern, re.ASCII)
-
-    def parse(value: Any) -> str:
-        result = _text(value)
-        if not compiled.fullmatch(result):
-            raise ValueError(f'"{short(result)}" {sentence}')
-        return result
-
-    return parse
-
-
-_ident = _matching("[A-Za-z0-9][A-Za-z0-9._-]{0,63}", "may hold only letters, digits and . _ -, at most 64")
-_code = _matching("[a-z0-9]{1,64}", "may hold only a-z and 0-9")
-_token = _matching("[a-z][a-z0-9_]*", "may hold only a-z, 0-9 and _")
-_domain = _matching(
-    r"(?=.{4,253}$)([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]([a-z0-9-]{0,61}[a-z0-9])",
-    "is no domain in lower case, such as daklak.gov.vn",
-)
-
-
-def _one_of(values: tuple[str, ...]) -> Parse:
-    def parse(value: Any) -> str:
-        if value not in values:
-            raise ValueError(f'"{short(value)}" must be one of {", ".join(values)}')
-        return str(value)
-
-    return parse
-
-
-def _size(value: Any) -> int:
-    match = re.fullmatch("([1-9][0-9]{0,8})([KMGT])", value) if isinstance(value, str) else None
-    if not match:
-        raise ValueError(f'"{short(value)}" is no size: write one such as 500M or 5G')
-    return int(match[1]) * _SIZES[match[2]]
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list):
-        raise ValueError(f'"{short(value)}" must be a list')
-    return tuple(_text(item) for item in value)
-
-
-def _mapping(value: Any) -> Any:
-    if not isinstance(value, Record):
-        raise ValueError(f'"{short(value)}" must be a mapping of the form key: value')
-    return value
-
-
-def _share(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f'"{short(value)}" must be a share between 0 and 1, such as 0.05')
-    return float(value)
-
-
-def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f'"{short(value)}" must be a whole number, 0 or more')
-    return value
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f'"{short(value)}" must be true or false')
-    return value
-
-
-def _pattern(places: frozenset[str]) -> Parse:
-    return lambda value: check_pattern(_text(value), places)
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise ValueError(f'"{short(value)}" must be a list')
-    return value
-
-
-def _refs(names: Iterable[str]) -> dict[str, Parse]:
-    return dict.fromkeys(names, _text)
-
-
-UNIT_REFS = ("legal_act_ref",)
-PERSON_REFS = ("decision_ref", "order_ref", "request_ref", "approved_by", "commitment_ref")
-
-_UNIT: dict[str, Parse] = {
-    "id": _ident,
-    "name": _name,
-    "code": _code,
-    "parent": _ident,
-    "class": _token,
-    "local_part": _text,
-    "aliases": _texts,
-    "head": _ident,
-    "delegates": _list,
-    "state": _one_of(UNIT_STATES),
-    "quota": _size,
-    **_refs(UNIT_REFS),
-}
-_PERSON: dict[str, Parse] = {
-    "id": _ident,
-    "ho": _name,
-    "dem": _name,
-    "ten": _name,
-    "unit": _ident,
-    "title": _name,
-    "class": _token,
-    "state": _one_of(PERSON_STATES),
-    "local_part": _text,
-    "aliases": _texts,
-    "quota": _size,
-    **_refs(PERSON_REFS),
-}
-_DELEGATE: dict[str, Parse] = {"person": _ident, "role": _text, "delegation_ref": _text}
-_POLICY: dict[str, Parse] = {
-    "domain": _domain,
-    "alias_domains": _list,
-    "address": _mapping,
-    "required_refs": _mapping,
-    "eligibility": _mapping,
-    "delegates": _mapping,
-    "leaver": _mapping,
-    "rename": _mapping,
-    "removal_limit": _share,
-    "passwords": _mapping,
-    "quota": _mapping,
-    "notify": _mapping,
-    "retention": _mapping,
-}
-_ADDRESS: dict[str, Parse] = {
-    "unit": _pattern(_UNIT_PLACES),
-    "main_unit": _pattern(_UNIT_PLACES),
-    "sub_unit": _pattern(_UNIT_PLACES),
-    "person": _pattern(_PERSON_PLACES),
-    "reserved": _mapping,
-    "reuse_block_days": _count,
-}
-_QUOTA: dict[str, Parse] = {"unit": _size, "person": _size}
-_DELEGATION: dict[str, Parse] = {"max": _count, "roles": _texts, "document_required": _flag}
-
-
-def _fields(
-    record: Record, table: dict[str, Parse], required: tuple[str, ...], problems: list[Problem]
-) -> dict[str, Any]:
-    """Check the fields of one record; return the good ones. A field left blank is not there."""
-    values: dict[str, Any] = {}
-    for name, raw in record.fields.items():
-        parse = table.get(name)
-        if parse is None:
-            near = difflib.get_close_matches(name, table, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(table)}"
-            problems.append(record.problem(name, f"is not a known field: {hint}"))
-        elif raw is not None:
+    def read(self, record: Record, problems: list[Problem]) -> dict[str, Any]:
+        """Return the good fields of one record, cleaned, and the defaults; a field left blank is not there."""
+        values: dict[str, Any] = dict(self.defaults)
+        texts = self.texts
+        for name, raw in record.fields.items():
             try:
-                values[name] = parse(raw)
+                parse = texts.get(name)
+                if parse is not None and type(raw) is str:
+                    values[name] = parse(raw)
+                    continue
+                if raw is None and name in self.known:
+                    continue
+                check = self.known.get(name) or self._other(name)
+                if isinstance(check, Fields | Items):
+                    value = _nested(check, raw, record, name, problems)
+                    if value is not None:
+                        values[name] = value
+                else:
+                    values[name] = check(raw)
             except ValueError as error:
                 problems.append(record.problem(name, str(error)))
-    for name in required:
-        if record.fields.get(name) is None:
-            problems.append(record.problem(name, "is missing: fill it in"))
+        for name, way_out in self.missing.items():
+            if record.fields.get(name) is None:
+                problems.append(record.problem(name, f"is missing: {way_out}"))
+        return values
+
+    def _other(self, name: str) -> Check:
+        """Return the check for a key that has none of its own; raises ValueError when it may not stand here."""
+        if not self.open:
+            near = _near(name, tuple(self.known))
+            hint = f"did you mean {near}?" if near else f"known are {', '.join(self.known)}"
+            raise ValueError(f"is not a known field: {hint}")
+        self.keys(name)
+        return self.others
+
+
+class Items:
+    """What a list may hold."""
+
+    def __init__(self, schema: dict[str, Any], file: str) -> None:
+        self.item = _compile(*_resolve(schema.get("items", {}), file))
+
+
+Check = Fields | Items | Parse
+
+
+def _nested(check: Fields | Items, raw: Any, record: Record, name: str, problems: list[Problem]) -> Any:
+    """Return a checked mapping or list, or None after noting that the value is neither."""
+    if isinstance(check, Fields):
+        if isinstance(raw, Record):
+            return check.read(raw, problems)
+        problems.append(record.problem(name, f'"{short(raw)}" {check.sentence}'))
+        return None
+    if not isinstance(raw, list):
+        problems.append(record.problem(name, f'"{short(raw)}" must be a list'))
+        return None
+    values = []
+    for item in raw:
+        if isinstance(check.item, Fields | Items):
+            value = _nested(check.item, item, record, name, problems)
+            if value is not None:
+                values.append(value)
+            continue
+        try:
+            values.append(check.item(item))
+        except ValueError as error:
+            problems.append(record.problem(name, str(error)))
     return values
 
 
-def _take_refs(values: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    return {name: values.pop(name) for name in names if name in values}
+@lru_cache(maxsize=1000)
+def _near(name: str, known: tuple[str, ...]) -> str:
+    return next(iter(difflib.get_close_matches(name[:100], known, 1)), "")
 
 
-def _unit(record: Record, problems: list[Problem]) -> Unit:
-    values = _fields(record, _UNIT, ("id", "name"), problems)
-    values["refs"] = _take_refs(values, UNIT_REFS)
-    values["category"] = values.pop("class", "")
-    delegates = []
-    for item in values.pop("delegates", []):
-        if isinstance(item, Record):
-            good = _fields(item, _DELEGATE, ("person",), problems)
-            if "person" in good:
-                delegates.append(Delegate(**good))
-        else:
-            text = f'"{short(item)}" must be a mapping with person, role and delegation_ref'
-            problems.append(record.problem("delegates", text))
-    return Unit(record, delegates=tuple(delegates), **values)
+def _anything(value: Any) -> Any:
+    return value
 
 
-def _person(record: Record, problems: list[Problem]) -> Person:
-    values = _fields(record, _PERSON, ("id", "ho", "ten", "unit"), problems)
-    values["refs"] = _take_refs(values, PERSON_REFS)
-    values["category"] = values.pop("class", "")
-    return Person(record, **values)
+@cache
+def _document(file: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((FOLDER / file).read_text(encoding="utf-8"))
+    return document
 
 
-def _policy(record: Record, problems: list[Problem]) -> Policy:
-    values = _fields(record, _POLICY, ("domain", "address", "quota"), problems)
-    policy = Policy(record, domain=values.get("domain", ""))
-    alias_domains: list[str] = []
-    for item in values.get("alias_domains", []):
-        if not isinstance(item, Record):
-            text = f'"{short(item)}" must be a mapping such as "- domain: phuyen.gov.vn"'
-            problems.append(record.problem("alias_domains", text))
-            continue
-        name = _fields(item, {"domain": _domain}, ("domain",), problems).get("domain")
-        if name in (policy.domain, *alias_domains):
-            problems.append(item.problem("domain", f"{name} stands twice: keep one"))
-        elif name:
-            alias_domains.append(name)
-    policy.alias_domains = tuple(alias_domains)
-    if "quota" in values:
-        quota = _fields(values["quota"], _QUOTA, ("unit", "person"), problems)
-        policy.quota_unit = quota.get("unit", 0)
-        policy.quota_person = quota.get("person", 0)
-    if "delegates" in values:
-        _fields(values["delegates"], _DELEGATION, (), problems)
-    if "address" in values:
-        address = _fields(values["address"], _ADDRESS, ("reserved",), problems)
-        policy.reserved_record = address.pop("reserved", None)
-        address.pop("reuse_block_days", None)
-        policy.patterns = address
-    if policy.reserved_record:
-        _reserved(policy, policy.reserved_record, problems)
-    return policy
+def _resolve(schema: dict[str, Any], file: str) -> tuple[dict[str, Any], str]:
+    """Return a schema with what it refers to, and the file in which its own references start."""
+    if "$ref" not in schema:
+        return schema, file
+    place, _sign, pointer = schema["$ref"].partition("#")
+    place = place or file
+    target: Any = _document(place)
+    for part in pointer.strip("/").split("/"):
+        target = target[part]
+    whole, place = _resolve(target, place)
+    return {**whole, **{key: value for key, value in schema.items() if key != "$ref"}}, place
 
 
-def _reserved(policy: Policy, record: Record, problems: list[Problem]) -> None:
-    """Fill `policy.reserved`; every domain needs a receiver for RFC 2142's names."""
-    for name, unit in record.fields.items():
-        try:
-            policy.reserved[name] = None if unit is None else _ident(unit)
-        except ValueError as error:
-            problems.append(record.problem(name, str(error)))
-    for name in RECEIVING_NAMES:
-        if name not in record.fields:
-            text = "is missing: name the unit that receives it (RFC 2142)"
-            problems.append(record.problem(name, text))
-        elif record.fields[name] is None:
-            text = "must be received: name the unit's id instead of null (RFC 2142)"
-            problems.append(record.problem(name, text))
+def _compile(schema: dict[str, Any], file: str) -> Check:
+    types = schema.get("type", ())
+    if "object" in types and (schema.keys() & {"properties", "additionalProperties"}):
+        return Fields(schema, file)
+    return Items(schema, file) if "array" in types else _leaf(schema)
 
 
-def _people_files(folder: Path, shown: str) -> list[Path]:
-    """Find the one source of people: people.yml, .csv, .json, or the folder people/."""
-    sources = [folder / f"people{suffix}" for suffix in (".yml", ".csv", ".json", "")]
-    found = [source for source in sources if source.exists()]
-    if not found:
-        raise Fault(f"{shown}/people.yml", 1, 'is missing: write "mail_people: []" for nobody')
-    if len(found) > 1:
-        names = " and ".join(source.name for source in found)
-        raise Fault(f"{shown}/{found[1].name}", 1, f"{names} both hold people: keep one")
-    if not found[0].is_dir():
-        return found
-    return sorted(path for path in found[0].iterdir() if not path.name.startswith("."))
+def _leaf(schema: dict[str, Any]) -> Parse:
+    """Return the check of a value that is neither a mapping with known keys nor a list."""
+    if "enum" in schema:
+        return _one_of(schema["enum"])
+    types = schema["type"]
+    kind = next(name for name in ([types] if isinstance(types, str) else types) if name != "null")
+    return _KINDS[kind](schema)
 
 
-def load(folder: Path, shown: str) -> tuple[Directory, list[Problem]]:
-    """Read and check, field by field, all files of a province's directory folder.
+def _one_of(values: list[str | None]) -> Parse:
+    shown = ", ".join(value for value in values if value is not None)
 
-    `shown` is the folder's name in problems.
-    """
-    problems: list[Problem] = []
-    policy: Policy | None = None
-    units: list[Record] = []
-    people: list[Record] = []
-    faults: list[Fault] = []
+    def parse(value: Any) -> Any:
+        if not isinstance(value, str | None) or value not in values:
+            raise ValueError(f'"{short(value)}" must be one of {shown}')
+        return value
+
+    return parse
+
+
+class Text:
+    """The check of a text by length and pattern. `parse` takes what is a str already."""
+
+    def __init__(self, schema: dict[str, Any]) -> None:
+        # ECMA 262's $ is the very end of the text, Python's also stands before a last line feed.
+        self.fits = re.compile(schema["pattern"].removesuffix("$") + r"\Z").match
+        self.longest: int = schema.get("maxLength", 10**6)
+        self.sentence: str = schema["x-sentence"]
+        self.kind: str = schema.get("x-text", "")
+        self.is_day = schema.get("format") == "date"
+        self.null = "null" in schema["type"]
+        self.parse = lru_cache(maxsize=8192)(self._parse)
+
+    def __call__(self, value: Any) -> str | None:
+        """Return the text, cleaned; raises ValueError for anything else."""
+        if type(value) is str:
+            return self.parse(value)
+        if value is None:
+            if self.null:
+                return None
+            raise ValueError("is missing: fill it in")
+        if isinstance(value, int | float) and not self.kind and not self.fits(str(value)):
+            raise ValueError(f'"{short(value)}" {self.sentence}')
+        raise ValueError(f"must be text, not {short(value)}: put it in quotes")
+
+    def _parse(self, value: str) -> str:
+        fits = self.fits(value) is not None
+        if self.kind:
+            return self._cleaned(value, fits)
+        if fits and len(value) <= self.longest and (not self.is_day or _is_day(value)):
+            return value
+        raise ValueError(f'"{short(value)}" {self.sentence}' if value.strip() else _EMPTY)
+
+    def _cleaned(self, value: str, fits: bool) -> str:
+        """Return text as it is stored; `fits` tells whether the schema's pattern takes it."""
+        result = clean(value)
+        if not result:
+            raise ValueError(_EMPTY)
+        if len(value) > self.longest:
+            raise ValueError(f'"{short(result)}" is longer than {self.longest} characters: shorten it')
+        if not fits or not (result.isprintable() or all(unicodedata.category(char) not in _CONTROL for char in result)):
+            raise ValueError(f'"{short(result)}" {self.sentence}')
+        if self.kind == "name" and (legacy := legacy_encoding(result)):
+            raise ValueError(f'"{short(result)}" is in {legacy}: convert it to Unicode (QĐ 72/2002)')
+        return result
+
+
+_EMPTY = "is empty: fill it in or leave it out"
+_CONTROL = frozenset({"Cc", "Cs", "Co", "Cn"})
+
+
+def _is_day(value: str) -> bool:
     try:
-        policy = _policy(read_mapping(folder / "policy.yml", f"{shown}/policy.yml"), problems)
-    except Fault as fault:
-        faults.append(fault)
-    try:
-        units = read_list(folder / "units.yml", f"{shown}/units.yml", "mail_units")
-    except Fault as fault:
-        faults.append(fault)
-    try:
-        paths = _people_files(folder, shown)
-    except Fault as fault:
-        faults.append(fault)
-        paths = []
-    for path in paths:
-        name = f"{shown}/{path.relative_to(folder)}"
-        try:
-            if path.parent == folder:
-                people += read_list(path, name, "mail_people")
-            else:
-                people += _people_of_unit(path, name)
-        except Fault as fault:
-            faults.append(fault)
-    problems += [fault.problem for fault in faults]
-    directory = Directory(
-        policy or Policy(Record(f"{shown}/policy.yml", 1, {})),
-        [_unit(record, problems) for record in units],
-        [_person(record, problems) for record in people],
-        complete=not faults,
-    )
-    return directory, problems
+        date.fromisoformat(value)
+    except ValueError:
+        return False
+    return True
 
 
-def _people_of_unit(path: Path, name: str) -> list[Record]:
-    """Read people/UNIT.yml: a department's own file holds only its own people (LC-3, LC-9.2)."""
-    if path.suffix != ".yml" or path.is_dir():
-        raise Fault(name, 1, "is not one of the files UNIT.yml: rename or remove it")
-    records = read_list(path, name, "mail_people")
-    for record in records:
-        unit = record.fields.get("unit")
-        if unit is None:
-            record.fields["unit"] = path.stem
-        elif unit != path.stem:
-            problem = record.problem("unit", f"must be {path.stem}, as the file is named")
-            raise Fault(problem.file, problem.line, problem.text, "unit")
-    return records
+def _number(schema: dict[str, Any]) -> Parse:
+    low, high, sentence = schema["minimum"], schema["maximum"], schema["x-sentence"]
+    whole = "integer" in schema["type"]
+
+    def check(value: Any) -> int | float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not number or (whole and value != int(value)):
+            raise ValueError(f'"{short(value)}" {sentence}')
+        return int(value) if whole else float(value)
+
+    return check
+
+
+def _boolean(_schema: dict[str, Any]) -> Parse:
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError(f'"{short(value)}" must be true or false')
+        return value
+
+    return check
+
+
+def _object(schema: dict[str, Any]) -> Parse:
+    """Return the check of a mapping whose keys do not matter yet."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, Record):
+            raise ValueError(f'"{short(value)}" must be a mapping of the form key: value')
+        return value
+
+    return check
+
+
+_KINDS: dict[str, Callable[[dict[str, Any]], Parse]] = {
+    "string": Text,
+    "integer": _number,
+    "number": _number,
+    "boolean": _boolean,
+    "object": _object,
+}
+
+
+REFS: tuple[str, ...] = tuple(_document("common.schema.json")["$defs"]["ref"]["enum"])
+"""The fields that name the grounds of a change."""
+
+
+@cache
+def policy_fields() -> Fields:
+    """Return the checks of policy.yml."""
+    return Fields(_document("policy.schema.json"), "policy.schema.json")
+
+
+@cache
+def unit_fields() -> Fields:
+    """Return the checks of one unit of units.yml."""
+    return _records("units")
+
+
+@cache
+def person_fields() -> Fields:
+    """Return the checks of one person, in whatever form the people come."""
+    return _records("people")
+
+
+def _records(name: str) -> Fields:
+    file = f"{name}.schema.json"
+    return Fields(_document(file)["properties"][f"mail_{name}"]["items"], file)

@@ -1,233 +1,419 @@
-"""Checks over all records, and the LDAP entries that shall exist."""
+"""A province's directory folder, read and checked as a whole, to the mailboxes that shall exist.
+
+People are streamed: of each only the id and the addresses are kept, as 100,000 of them must fit into little memory.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import IO
 
-from .files import Problem, Record, short
-from .names import NameRefused, check_local_part, fill_pattern
-from .plan import Attributes, Entry
-from .schema import Directory, Person, Policy, Unit
+from .addresses import AliasDomain, Claims, Policy, Scheme, Values, lacking
+from .files import Fault, Problem, Record, read_list, read_mapping
+from .names import NameRefused, fill_pattern, take_apart
+from .schema import REFS, person_fields, policy_fields, unit_fields
 
-_ADDRESS_OCTETS = 254  # RFC 5321, 4.5.3.1.3, without the angle brackets
+SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+Attributes = dict[str, str | list[str]]
+"""LDAP attributes; a list where there may be several values."""
+
+quote = json.encoder.encode_basestring
+encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+
+
+def octets(size: str) -> int:
+    """Return the octets of a size such as "500M"."""
+    return int(size[:-1]) * SIZES[size[-1]]
 
 
 @dataclass
-class _Addresses:
-    """Who has which address, over units, people, aliases, reserved names and all domains (DL-4)."""
+class Reading:
+    """What `read` found. With any problem, the desired state it wrote is worthless."""
 
     policy: Policy
     problems: list[Problem]
-    owners: dict[str, tuple[str, Record, str]] = field(default_factory=dict)
+    units: int
+    people: int
 
-    def full(self, text: str, record: Record, name: str) -> str:
-        """Complete a local part with the main domain; return "" after noting a fault."""
-        local, sign, domain = text.partition("@")
-        try:
-            if not sign:
-                domain = self.policy.domain
-            elif domain not in self.policy.domains:
-                known = ", ".join(self.policy.domains)
-                raise NameRefused(f'"{short(text)}" is outside the domains: use {known}')
-            elif name == "local_part":
-                raise NameRefused(f'"{short(text)}" is an address: write what stands before the @')
-            address = f"{check_local_part(local)}@{domain}"
-            if len(address) > _ADDRESS_OCTETS:
-                raise NameRefused(f'"{short(address)}" is longer than 254 octets: shorten it')
-        except NameRefused as error:
-            self.problems.append(record.problem(name, str(error)))
-            return ""
-        if local in self.policy.reserved:
-            text = f'"{local}" is reserved in policy.yml: choose another name'
-            self.problems.append(record.problem(name, text))
-            return ""
-        return address
+    @property
+    def domain(self) -> str:
+        """Return the main domain."""
+        return self.policy.domain
 
-    def claim(self, address: str, owner: str, record: Record, name: str) -> None:
-        """Note that `owner` has `address`, or that somebody else has it already."""
-        first = self.owners.setdefault(address, (owner, record, name))
-        if first[1] is not record or first[2] != name:
-            line = first[1].lines.get(first[2], first[1].line)
-            place = f"{first[0]} ({first[1].file}:{line})"
-            text = f"{address} is already an address of {place}: choose another local_part or alias"
-            self.problems.append(record.problem(name, text))
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Return the main domain and then the alias domains."""
+        return self.policy.domains
 
 
-def build(directory: Directory, problems: list[Problem]) -> list[Entry]:
-    """Check what concerns several records and return the entries that shall exist.
+def read(folder: Path, shown: str, out: IO[bytes] | None, today: date) -> Reading:
+    """Read and check all files of a directory folder; write the desired state to `out`, unless that is None.
 
-    Faults are added to `problems`; the entries are complete only when there are none. Where a
-    file could not be read at all, nothing is checked: every reference to it would seem wrong.
+    `shown` is the folder's name in problems. `today` decides which alias domains still receive. All problems are
+    found at once; where a file cannot be read at all, what would have to be compared with it is not checked.
+
+    The first line written is the policy's header, then comes one line per mailbox, units first:
+    {"k": kind, "i": id, "a": declared LDAP attributes, "r": grounds, "l": "file:line"}.
     """
-    if not directory.complete:
-        return []
-    units = {unit.id.lower(): unit for unit in directory.units}
-    people = {person.id.lower() for person in directory.people}
-    _check_ids(directory, problems)
-    _check_references(directory, units, people, problems)
+    return _Reader(folder, shown, out, today).read()
 
-    policy = directory.policy
-    if not policy.domain:
-        return []
-    addresses = _Addresses(policy, problems)
-    reserved: dict[str, list[str]] = {}
-    if policy.reserved_record:
-        for name, unit_id in policy.reserved.items():
-            _check_reserved(name, unit_id, units, policy.reserved_record, problems)
-            if unit_id is not None:
-                names = [f"{name}@{domain}" for domain in policy.domains]
-                reserved.setdefault(unit_id.lower(), []).extend(names)
 
-    entries: list[Entry] = []
-    holders: list[tuple[str, Unit | Person]] = [("unit", unit) for unit in directory.units]
-    holders += [("person", person) for person in directory.people]
-    taken: list[tuple[str, list[str]]] = []
-    for kind, holder in holders:
-        primary = _primary(kind, holder, units, addresses)
-        if primary:
-            addresses.claim(primary, f"{kind} {holder.id}", holder.record, "local_part")
-        taken.append((primary, []))
-    for (kind, holder), (primary, aliases) in zip(holders, taken, strict=True):
-        for alias in holder.aliases:
-            address = addresses.full(alias, holder.record, "aliases")
-            if address and (address == primary or address in aliases):
+class _Reader:
+    """One reading of a directory folder."""
+
+    def __init__(self, folder: Path, shown: str, out: IO[bytes] | None, today: date) -> None:
+        self.folder = folder
+        self.shown = shown
+        self.out = out
+        self.today = today
+        self.problems: list[Problem] = []
+        self.units: dict[str, Values] = {}
+        self.unit_records: list[tuple[Record, Values]] = []
+        self.left: set[str] = set()
+        self.administrators: set[str] = set()
+        self.quotas: dict[str, str] = {}
+
+    def read(self) -> Reading:
+        """Read policy, units and people, in this order."""
+        policy, policy_good = self._policy()
+        good = self._units() and policy_good and bool(policy.domain)
+        self.claims = Claims(policy, self.problems)
+        self.scheme = Scheme(policy, self.units)
+        self.faulty_patterns = _faulty_patterns(policy)
+        if good:
+            quota = policy.values.get("quota", {})
+            self.quotas = {kind: str(octets(size)) for kind, size in quota.items()}
+            administrators = policy.values["passwords"]["administrators"]["people"]
+            self.administrators = set(administrators)
+            self._check_units()
+            self._check_reserved(policy)
+            if self.out and not self.problems:
+                self.out.write(f"{encode(policy.header())}\n".encode())
+            for record, values in self.unit_records:
+                self._mailbox("unit", record, values)
+        self.claims.units = len(self.unit_records)
+        people = self._people(good)
+        if good:
+            self.claims.tell()
+            if people is not None:
+                self._check_people_named(policy)
+        count = people if people is not None else 0
+        return Reading(policy, sorted(set(self.problems)), len(self.unit_records), count)
+
+    def _policy(self) -> tuple[Policy, bool]:
+        """Return the policy, and whether its file could be read."""
+        name = f"{self.shown}/policy.yml"
+        try:
+            record = read_mapping(self.folder / "policy.yml", name)
+        except Fault as fault:
+            self.problems.append(fault.problem)
+            return Policy(Record(name, 1, {})), False
+        values = policy_fields().read(record, self.problems)
+        policy = Policy(record, values)
+        raw = record.fields.get("alias_domains")
+        records = [item for item in raw if isinstance(item, Record)] if isinstance(raw, list) else []
+        for item, alias in zip(records, values.get("alias_domains", []), strict=True):
+            until = alias.get("accept_until")
+            name = alias.get("domain", "")
+            if name and name in policy.domains:
+                self.problems.append(item.problem("domain", f"{name} stands twice: keep one"))
+            elif name:
+                receives = until is None or self.today <= date.fromisoformat(until)
+                entry = AliasDomain(name, receives, alias.get("map", {}), alias["same_local_part"], item)
+                policy.alias_domains.append(entry)
+        for name, pattern in values.get("address", {}).items():
+            if isinstance(pattern, str):
+                policy.patterns[name] = take_apart(pattern)
+        return policy, True
+
+    def _units(self) -> bool:
+        """Read units.yml; return whether that could be done to its end."""
+        check = unit_fields()
+        try:
+            for record in read_list(self.folder / "units.yml", f"{self.shown}/units.yml", "mail_units", check.lists):
+                values = check.read(record, self.problems)
+                self.unit_records.append((record, values))
+                self.units.setdefault(values.get("id", ""), values)
+        except Fault as fault:
+            self.problems.append(fault.problem)
+            return False
+        return True
+
+    def _check_units(self) -> None:
+        """Note named units that do not exist, units above themselves, and successors that make no sense."""
+        for record, values in self.unit_records:
+            parent = values.get("parent")
+            if parent is not None and parent not in self.units:
+                self.problems.append(record.problem("parent", _no_unit(parent)))
+            elif parent is not None and values.get("id", "") in self.scheme.above(parent):
+                self.problems.append(record.problem("parent", "leads back to this unit: correct it"))
+            successor = values.get("successor")
+            if successor is None:
+                continue
+            text = ""
+            if values.get("state") not in ("dissolved", "legacy"):
+                text = "is only for a dissolved or legacy unit: remove it or set the state"
+            elif successor not in self.units:
+                text = _no_unit(successor)
+            elif successor == values.get("id"):
+                text = "is the unit itself: name the one that follows it"
+            elif self.units[successor].get("state") == "dissolved":
+                text = f"unit {successor} is dissolved and receives no mail: name another"
+            if text:
+                self.problems.append(record.problem("successor", text))
+
+    def _check_reserved(self, policy: Policy) -> None:
+        """Note reserved names whose receiver cannot receive, and mapped names that are reserved."""
+        address = policy.record.fields.get("address")
+        record = address.fields.get("reserved") if isinstance(address, Record) else None
+        for name, unit in policy.reserved.items():
+            if isinstance(record, Record) and unit is not None:
+                if unit not in self.units:
+                    self.problems.append(record.problem(name, _no_unit(unit)))
+                elif self.units[unit].get("state") == "dissolved":
+                    text = f"unit {unit} is dissolved and receives no mail: name another"
+                    self.problems.append(record.problem(name, text))
+        for alias in policy.alias_domains:
+            for name in alias.map:
+                if name in policy.reserved:
+                    text = f'"{name}" is reserved in policy.yml: its mail goes where address.reserved says'
+                    self.problems.append(_map_record(alias).problem(name, text))
+
+    def _people(self, good: bool) -> int | None:
+        """Read the people, streaming; return how many they are, or None when a file could not be read."""
+        faults = 0
+        count = 0
+        try:
+            paths = _people_files(self.folder, self.shown)
+        except Fault as fault:
+            self.problems.append(fault.problem)
+            return None
+        check = person_fields()
+        for path in paths:
+            name = f"{self.shown}/{path.relative_to(self.folder)}"
+            try:
+                own = "" if path.parent == self.folder else self._own_unit(path, name, good)
+                for record in read_list(path, name, "mail_people", check.lists):
+                    count += 1
+                    if own and record.fields.get("unit") is None:
+                        record.fields["unit"] = own
+                    values = check.read(record, self.problems)
+                    if good:
+                        self._person(record, values, own)
+                    elif record.fields.get("unit") is None:
+                        self.problems.append(record.problem("unit", "is missing: fill it in"))
+            except Fault as fault:
+                self.problems.append(fault.problem)
+                faults += 1
+        return None if faults else count
+
+    def _own_unit(self, path: Path, name: str, good: bool) -> str:
+        """Return the unit of a file people/UNIT.yml (LC-3, LC-9.2)."""
+        if path.suffix != ".yml" or path.is_dir():
+            raise Fault(name, 1, "is not one of the files UNIT.yml: rename or remove it")
+        if good and path.stem not in self.units:
+            raise Fault(name, 1, _no_unit(path.stem), "unit")
+        return path.stem
+
+    def _person(self, record: Record, values: Values, own: str) -> None:
+        """Check one person against the units, and note him."""
+        unit = values.get("unit")
+        if unit is None:
+            if record.fields.get("unit") is None:
+                self.problems.append(record.problem("unit", "is missing: fill it in"))
+        elif unit not in self.units:
+            self.problems.append(record.problem("unit", _no_unit(unit)))
+        elif own and own not in self.scheme.above(unit):
+            text = f"must be {own}, as the file is named, or a unit below it"
+            self.problems.append(record.problem("unit", text))
+        if values.get("state") == "left" and "id" in values:
+            self.left.add(values["id"])
+        self._mailbox("person", record, values)
+
+    def _mailbox(self, kind: str, record: Record, values: Values) -> None:
+        """Claim a mailbox's addresses and, while all is well, write its line."""
+        claims, scheme = self.claims, self.scheme
+        number = claims.enter(values.get("id", ""), record)
+        places = scheme.places(kind, values)
+        local = self._local_part(kind, record, values, places)
+        mail = claims.full(local, record, "local_part") if local else ""
+        code = places["unit"] if kind == "person" else places["parent"]
+        if mail:
+            claims.claim(mail, number, record, "local_part", code)
+        others: list[str] = []
+        for alias in values.get("aliases", ()):
+            address = claims.full(alias, record, "aliases")
+            if address and not claims.claim(address, number, record, "aliases", "") or address in others:
                 text = f"{address} stands twice in this record: keep one"
-                problems.append(holder.record.problem("aliases", text))
+                self.problems.append(record.problem("aliases", text))
             elif address:
-                addresses.claim(address, f"{kind} {holder.id}", holder.record, "aliases")
-                aliases.append(address)
+                others.append(address)
+        try:
+            for address in scheme.derived(kind, values, local, places) if mail else ():
+                if address.partition("@")[0] in claims.reserved:
+                    claims.full(address, record, "local_part")
+                elif claims.claim(address, number, record, "local_part", code):
+                    others.append(address)
+        except NameRefused as error:
+            self.problems.append(record.problem("local_part", str(error)))
         if kind == "unit":
-            aliases += reserved.get(holder.id.lower(), [])
-        attributes = _mailbox(kind, holder, primary, aliases, policy)
-        entries.append(Entry(kind, holder.id, attributes, holder.refs))
-    return entries
+            others += scheme.received.get(values.get("id", ""), ())
+        if self.out and not self.problems:
+            if kind == "unit":
+                attributes = self._unit_attributes(values, mail, others)
+            else:
+                attributes = self._person_attributes(values, mail, others)
+            # By hand this takes a quarter of the general encoder's time.
+            pairs = ",".join(
+                [
+                    f'"{name}":[{quote(value)}]' if type(value) is str else f'"{name}":{encode(value)}'
+                    for name, value in attributes.items()
+                ]
+            )
+            refs = ",".join([f'"{name}":{quote(values[name])}' for name in REFS if name in values])
+            place = quote(f"{record.file}:{record.line}")
+            line = f'{{"k":"{kind}","i":"{values["id"]}","a":{{{pairs}}},"r":{{{refs}}},"l":{place}}}\n'
+            self.out.write(line.encode())
 
-
-def _check_ids(directory: Directory, problems: list[Problem]) -> None:
-    """Note ids that stand twice; LDAP compares them without case."""
-    seen: dict[str, Record] = {}
-    for record, identity in [
-        *((unit.record, unit.id) for unit in directory.units),
-        *((person.record, person.id) for person in directory.people),
-    ]:
-        first = seen.setdefault(identity.lower(), record)
-        if identity and first is not record:
-            place = f"{first.file}:{first.lines.get('id', first.line)}"
-            problems.append(record.problem("id", f'"{identity}" is already the id at {place}: change one'))
-
-
-def _check_references(directory: Directory, units: dict[str, Unit], people: set[str], problems: list[Problem]) -> None:
-    """Note named units and people that do not exist, and units above themselves."""
-    for unit in directory.units:
-        if unit.parent and unit.parent.lower() not in units:
-            text = f'there is no unit "{unit.parent}": correct it or add it to units.yml'
-            problems.append(unit.record.problem("parent", text))
-        elif _in_own_parents(unit, units):
-            problems.append(unit.record.problem("parent", "leads back to this unit: correct it"))
-        if unit.head and unit.head.lower() not in people:
-            text = f'there is no person "{unit.head}": correct it or add the person'
-            problems.append(unit.record.problem("head", text))
-        for delegate in unit.delegates:
-            if delegate.person.lower() not in people:
-                text = f'there is no person "{delegate.person}": correct it or add the person'
-                problems.append(unit.record.problem("delegates", text))
-    for person in directory.people:
-        if person.unit and person.unit.lower() not in units:
-            text = f'there is no unit "{person.unit}": correct it or add it to units.yml'
-            problems.append(person.record.problem("unit", text))
-
-
-def _in_own_parents(unit: Unit, units: dict[str, Unit]) -> bool:
-    seen: set[str] = set()
-    above = unit.parent.lower()
-    while above in units and above not in seen:
-        if above == unit.id.lower():
-            return True
-        seen.add(above)
-        above = units[above].parent.lower()
-    return False
-
-
-def _check_reserved(
-    name: str, unit_id: str | None, units: dict[str, Unit], record: Record, problems: list[Problem]
-) -> None:
-    """Note a reserved name that is no local part, or whose receiver cannot receive."""
-    try:
-        check_local_part(name)
-    except NameRefused as error:
-        problems.append(record.problem(name, str(error)))
-    if unit_id is None:
-        return
-    unit = units.get(unit_id.lower())
-    if unit is None:
-        text = f'there is no unit "{unit_id}": correct it or add it to units.yml'
-        problems.append(record.problem(name, text))
-    elif unit.state == "dissolved":
-        text = f"unit {unit_id} is dissolved and receives no mail: name another"
-        problems.append(record.problem(name, text))
-
-
-def _primary(kind: str, holder: Unit | Person, units: dict[str, Unit], addresses: _Addresses) -> str:
-    """Return the main address: the given local part, or the policy's pattern; "" after a fault."""
-    record = holder.record
-    if holder.local_part or "local_part" in record.fields:
-        return addresses.full(holder.local_part, record, "local_part") if holder.local_part else ""
-    pattern = addresses.policy.patterns.get(kind)
-    if pattern is None:
-        text = f"is missing and policy.yml has no address pattern for a {kind}: give one of them"
-        addresses.problems.append(record.problem("local_part", text))
-        return ""
-    values: dict[str, str] = {}
-    if isinstance(holder, Unit):
-        parent = units.get(holder.parent.lower())
-        values = {"name": holder.name, "code": holder.code, "parent": parent.code if parent else ""}
-        needed = {"name": "name", "code": "code", "parent": "parent"}
-    else:
-        unit = units.get(holder.unit.lower())
-        values = {
-            "ho": holder.ho,
-            "dem": holder.dem,
-            "ten": holder.ten,
-            "unit": unit.code if unit else "",
-        }
-        needed = {"ho": "ho", "ten": "ten", "unit": "unit"}
-    for place, name in needed.items():
-        if f"{{{place}}}" in pattern and not values[place]:
-            if name in record.fields and place in ("parent", "unit"):
-                text = f'the address needs the code of unit "{record.fields[name]}": give it a code'
-                addresses.problems.append(record.problem(name, text))
-            elif name not in record.fields:
-                text = "is missing and the address pattern needs it: fill it in or give local_part"
-                addresses.problems.append(record.problem(name, text))
+    def _local_part(self, kind: str, record: Record, values: Values, places: Mapping[str, str]) -> str:
+        """Return the given local part, or what the policy's pattern makes; "" after a fault."""
+        if record.fields.get("local_part") is not None:
+            return str(values.get("local_part", ""))
+        name, pattern = self.scheme.pattern(kind, values)
+        if pattern is None:
+            if not self.faulty_patterns:
+                text = f"is missing and policy.yml has no address pattern {name}: give one of them"
+                self.problems.append(record.problem("local_part", text))
             return ""
-    try:
-        return addresses.full(fill_pattern(pattern, values), record, "local_part")
-    except NameRefused as error:
-        addresses.problems.append(record.problem("local_part", str(error)))
-        return ""
+        place = lacking(pattern, places)
+        if place:
+            self._no_place(record, place)
+            return ""
+        try:
+            return fill_pattern(pattern, places)
+        except NameRefused as error:
+            self.problems.append(record.problem("local_part", str(error)))
+            return ""
+
+    def _no_place(self, record: Record, place: str) -> None:
+        """Note why a pattern's place cannot be filled, where no other problem says so already."""
+        raw = record.fields.get(place)
+        if place in ("parent", "unit") and raw is not None:
+            if isinstance(raw, str) and raw in self.units:
+                text = f'the address needs the code of unit "{raw}": give it a code'
+                self.problems.append(record.problem(place, text))
+        elif raw is None and place not in ("ho", "ten", "name", "unit"):
+            text = "is missing and the address pattern needs it: fill it in or give local_part"
+            self.problems.append(record.problem(place, text))
+
+    def _unit_attributes(self, values: Values, mail: str, others: list[str]) -> Attributes:
+        attributes: Attributes = {"ou": values["name"], "mail": mail}
+        self._add_common(attributes, "unit", values, others)
+        for name, key in _UNIT_ATTRIBUTES:
+            if key in values:
+                attributes[name] = values[key]
+        delegates = values.get("delegates")
+        if delegates:
+            attributes["mailboxDelegate"] = sorted(encode(dict(sorted(delegate.items()))) for delegate in delegates)
+        return attributes
+
+    def _person_attributes(self, values: Values, mail: str, others: list[str]) -> Attributes:
+        ho, ten, unit = values["ho"], values["ten"], values["unit"]
+        dem = values.get("dem")
+        given = f"{dem} {ten}" if dem else ten
+        attributes: Attributes = {"cn": f"{ho} {given}", "sn": ho, "givenName": given}
+        if dem:
+            attributes["mailboxMiddleName"] = dem
+        if "title" in values:
+            attributes["title"] = values["title"]
+        attributes["departmentNumber"] = unit
+        attributes["mail"] = mail
+        self._add_common(attributes, "person", values, others)
+        if attributes["mailboxState"] == "active" and self.scheme.suspended_with("person", values):
+            attributes["mailboxState"] = "suspended"
+        if values["id"] in self.administrators:
+            attributes["pwdPolicySubentry"] = f"cn=administrators,ou=policies,{self.scheme.policy.base}"
+        return attributes
+
+    def _add_common(self, attributes: Attributes, kind: str, values: Values, others: list[str]) -> None:
+        if others and (receiving := self.scheme.receiving(others)):
+            attributes["mailLocalAddress"] = receiving
+        attributes["mailboxState"] = values.get("state", "active")
+        attributes["mailboxClass"] = kind
+        attributes["mailboxQuota"] = str(octets(values["quota"])) if "quota" in values else self.quotas[kind]
+        if "class" in values:
+            attributes["businessCategory"] = values["class"]
+
+    def _check_people_named(self, policy: Policy) -> None:
+        """Note heads, delegates, administrators and mapped mailboxes that do not exist or have left."""
+        for record, values in self.unit_records:
+            self._check_person(record, "head", values.get("head"))
+            delegates = [delegate.get("person") for delegate in values.get("delegates", ())]
+            for identity in delegates:
+                self._check_person(record, "delegates", identity)
+            if len(set(delegates)) < len(delegates):
+                self.problems.append(record.problem("delegates", "name one person twice: keep one"))
+        if self.administrators:
+            passwords: Record = policy.record.fields["passwords"]
+            administrators: Record = passwords.fields["administrators"]
+            for identity in policy.values["passwords"]["administrators"]["people"]:
+                self._check_person(administrators, "people", identity)
+        for alias in policy.alias_domains:
+            for name, identity in alias.map.items():
+                if identity not in self.units and not self.claims.person(identity):
+                    text = f'there is no unit or person "{identity}": correct it'
+                    self.problems.append(_map_record(alias).problem(name, text))
+
+    def _check_person(self, record: Record, name: str, identity: str | None) -> None:
+        if identity is None:
+            return
+        if not self.claims.person(identity):
+            text = f'there is no person "{identity}": correct it or add the person'
+            self.problems.append(record.problem(name, text))
+        elif identity in self.left:
+            text = f'person "{identity}" has left: name another or leave it out'
+            self.problems.append(record.problem(name, text))
 
 
-def _mailbox(kind: str, holder: Unit | Person, primary: str, aliases: list[str], policy: Policy) -> Attributes:
-    """Return the managed LDAP attributes of a unit or person."""
-    values: dict[str, Any] = {}
-    if isinstance(holder, Unit):
-        values["ou"] = holder.name
-        values["mailboxUnitCode"] = holder.code
-        quota = holder.quota or policy.quota_unit
-    else:
-        values["cn"] = " ".join(part for part in (holder.ho, holder.dem, holder.ten) if part)
-        values["sn"] = holder.ho
-        values["givenName"] = " ".join(part for part in (holder.dem, holder.ten) if part)
-        values["title"] = holder.title
-        values["departmentNumber"] = holder.unit
-        quota = holder.quota or policy.quota_person
-    values["mail"] = primary
-    values["mailboxState"] = holder.state
-    values["mailboxClass"] = kind
-    values["mailboxQuota"] = str(quota)
-    values["businessCategory"] = holder.category
-    attributes: Attributes = {name: [value] for name, value in values.items() if value}
-    if aliases:
-        attributes["mailLocalAddress"] = sorted(aliases)
-    return attributes
+_UNIT_ATTRIBUTES = (
+    ("mailboxUnitCode", "code"),
+    ("mailboxParent", "parent"),
+    ("mailboxHead", "head"),
+    ("mailboxSuccessor", "successor"),
+)
+
+
+def _no_unit(identity: str) -> str:
+    return f'there is no unit "{identity}": correct it or add it to units.yml'
+
+
+def _map_record(alias: AliasDomain) -> Record:
+    record: Record = alias.record.fields["map"]
+    return record
+
+
+def _faulty_patterns(policy: Policy) -> bool:
+    """Tell whether an address pattern has a fault, so that missing ones need not be told."""
+    address = policy.record.fields.get("address")
+    if not isinstance(address, Record):
+        return True
+    return any(name != "reserved" and name not in policy.values["address"] for name in address.fields)
+
+
+def _people_files(folder: Path, shown: str) -> list[Path]:
+    """Find the one source of people: people.yml, .csv, .json, or the folder people/."""
+    sources = [folder / f"people{suffix}" for suffix in (".yml", ".csv", ".json", "")]
+    found = [source for source in sources if source.exists()]
+    if not found:
+        raise Fault(f"{shown}/people.yml", 1, 'is missing: write "mail_people: []" for nobody')
+    if len(found) > 1:
+        names = " and ".join(source.name for source in found)
+        raise Fault(f"{shown}/{found[1].name}", 1, f"{names} both hold people: keep one")
+    if found[0].suffix or not found[0].is_dir():
+        return found
+    return sorted(path for path in found[0].iterdir() if not path.name.startswith("."))
