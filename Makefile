@@ -32,12 +32,10 @@ lab-down: $(BIN)/.made ## stop it and remove it wholly
 test: $(BIN)/.made ## every check that CI runs, on hosts of its own
 	@$(BIN)/python tests/prove.py
 
-soak: $(BIN)/.made ## the long campaigns: every guarded setting is broken, and its test must turn red
-	@$(BIN)/python lab/lab.py up --name soak
-	@status=0; $(BIN)/python tests/soak.py --lab build/soak/lab.json || status=$$?; \
-	$(BIN)/python lab/lab.py destroy --name soak; exit $$status
+soak: $(BIN)/.made ## the long campaigns: every province whole, 50 killed runs, every guarded setting broken
+	@$(BIN)/python tests/campaigns.py
 
-bench-%: $(BIN)/.made ## one benchmark: lab, delivery
+bench-%: $(BIN)/.made ## one benchmark: lab, delivery, directory
 	@$(BIN)/python bench/$*.py
 
 lint: $(BIN)/.made ## ruff, mypy, yamllint, ansible-lint, generated docs

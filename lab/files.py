@@ -14,6 +14,7 @@ import yaml
 from ansible.errors import AnsibleError
 from ansible.parsing.vault import VaultLib, VaultSecret
 
+import machine
 from hosts import Lab, Subnets
 from machine import LabError
 
@@ -123,8 +124,10 @@ def write_inventory(
     }
     # The wiring (playbooks/group_vars) sets these too and wins over variables of groups here.
     paths = {
-        "directory_slips_path": str(lab.build / "slips"),
         "certificates_ca_path": str(lab.build / "pki"),
+        "directory_slips_path": str(lab.build / "slips"),
+        "directory_slips_certificates": [str(operator_certificate(lab))],
+        "directory_receipts_path": str(lab.build / "receipts"),
     }
     own = {
         host: {"ansible_host": addresses[0], "host_addresses": addresses, **host_vars, **paths}
@@ -147,7 +150,6 @@ def write_inventory(
         link.unlink(missing_ok=True)
         if (province / name).is_dir():
             link.symlink_to(os.path.relpath(province / name, link.parent))
-    (lab.build / "slips").mkdir(mode=0o700, exist_ok=True)
     text = yaml.dump(tree, Dumper=_NoAliases, allow_unicode=True, sort_keys=False)
     lab.inventory.write_text(
         f"# Made by lab/lab.py from inventories/{province.name}/hosts.yml.\n{text}",
@@ -187,12 +189,35 @@ def read_vault(lab: Lab, path: Path) -> dict[str, Any]:
     return data
 
 
+def ensure_operator(lab: Lab) -> None:
+    """Make the key and the certificate to which slips are encrypted, when they are missing."""
+    key, certificate = operator_key(lab), operator_certificate(lab)
+    if not certificate.exists():
+        subject = ["-x509", "-newkey", "rsa:3072", "-noenc", "-days", "3650", "-subj", f"/CN=operator of {lab.name}"]
+        machine.run(
+            ["openssl", "req", *subject, "-keyout", key, "-out", certificate], "The operator's key could not be made"
+        )
+
+
+def operator_certificate(lab: Lab) -> Path:
+    """Path of the certificate to which the lab's slips are encrypted."""
+    return lab.build / "operator.pem"
+
+
+def operator_key(lab: Lab) -> Path:
+    """Path of the private key that opens the lab's slips."""
+    return lab.build / "operator-key.pem"
+
+
 def slips(lab: Lab) -> dict[str, str]:
     """Directory id → its newest initial password, from the slips of all runs."""
-    found = {}
-    for path in sorted((lab.build / "slips").glob("*.yml")):
-        for slip in read_vault(lab, path).get("slips") or []:
-            found[str(slip["id"])] = str(slip["password"])
+    found: dict[str, str] = {}
+    for path in sorted((lab.build / "slips").glob("*.cms")):
+        options: list[str | Path] = ["-binary", "-inform", "DER", "-inkey", operator_key(lab), "-in", path]
+        pages = machine.run(
+            ["openssl", "cms", "-decrypt", *options], f"{path.relative_to(lab.checkout)} could not be opened"
+        )
+        found.update(re.findall(r'<section data-id="([^"]+)".*?<dd class="p">([^<]+)</dd>', pages, re.DOTALL))
     return found
 
 

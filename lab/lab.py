@@ -59,6 +59,7 @@ def create(lab: Lab, province: str) -> None:
             variables["base_apt_security_mirror"] = security
         files.write_inventory(lab, folder, subnets, addresses, variables)
         files.ensure_vault_password(lab)
+        files.ensure_operator(lab)
         machine.run(
             _playbook(lab, "secrets.yml", "-e", json.dumps({"secrets_file": str(lab.build / "vault.yml")})),
             "The lab's secrets could not be made",

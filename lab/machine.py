@@ -25,6 +25,7 @@ PACKAGES = (
     "mmdebstrap",
     "debian-archive-keyring",
     "openssh-client",
+    "openssl",
 )
 FREE_DISK_BYTES = 6 * 1024**3
 NOFILE_CAP = 1048576
