@@ -81,44 +81,40 @@ class ActionModule(ActionBase):
 
     def _validate(self) -> dict[str, Any]:
         """Read and check the files, and that slips can be encrypted."""
-        reading, failure = self._read(None)
-        if failure:
-            return failure
-        check_certificates([Path(name) for name in self._args["slips_certificates"]])
-        return _about(reading)
+        _desired, about = self._desired()
+        if not about.get("failed"):
+            check_certificates([Path(name) for name in self._args["slips_certificates"]])
+        return about
 
     def _plan(self) -> dict[str, Any]:
         """Read and check the files, let the host compare them with the live tree, and write down what it found."""
         args = self._args
         slips = Slips(Path(args["slips_path"]), [], self._loader._vault)
+        desired, about = self._desired()
+        if about.get("failed"):
+            return about
         with _temporary_folder() as folder:
-            if args["resets"]:
-                (folder / "resets.json").write_text(json.dumps(_resets(args["resets"])), encoding="utf-8")
-            desired = folder / "desired.jsonl"
-            with desired.open("wb") as out:
-                reading, failure = self._read(out)
-            if failure:
-                return failure
             temporary = self._make_tmp_path()
             host_folder = temporary if self._task.check_mode else _HOST_FOLDER
             sent = self._send(desired, f"{temporary}/desired.jsonl")
             files = {"desired_file": sent, "plan_file": f"{host_folder}/plan.jsonl"}
             if args["resets"]:
-                files["resets_file"] = self._send(folder / "resets.json", f"{temporary}/resets.json")
-            answer = self._module(
-                {**files, "mode": "plan", "removals": args["removals"], "issued": slips.interrupted()}
-            )
+                resets = folder / "resets.json"
+                resets.write_text(json.dumps(_resets(args["resets"])), encoding="utf-8")
+                files["resets_file"] = self._send(resets, f"{temporary}/resets.json")
+            options = {"removals": args["removals"], "issued": slips.interrupted()}
+            answer = self._module({**files, **options, "mode": "plan"})
             if answer.get("failed"):
                 return answer
             fetched = folder / "plan.jsonl"
             self._connection.fetch_file(files["plan_file"], str(fetched))
             self._remove_tmp_path(temporary)
-            sha256 = _sha256(fetched)
             header = report.write(fetched, Path(args["plan_file"]))
-            if not self._task.check_mode:
+            work = header["counts"]["total"] > 0 or bool(slips.interrupted())
+            if work and not self._task.check_mode:
                 shutil.copyfile(fetched, _working_copy(args["plan_file"]))
             result = {
-                **_about(reading),
+                **about,
                 **_only(answer, "live_unread"),
                 "counts": header["counts"],
                 "changed": header["counts"]["total"] > 0,
@@ -126,8 +122,8 @@ class ActionModule(ActionBase):
                 "refused": report.refused(fetched),
                 "hand_overs": header["hand_overs"],
                 "plan_file": args["plan_file"],
-                "plan_sha256": sha256,
-                "work": header["counts"]["total"] > 0 or bool(slips.interrupted()),
+                "plan_sha256": _sha256(fetched),
+                "work": work,
             }
             if self._task.diff:
                 result["diff"] = report.diff(fetched)
@@ -179,7 +175,6 @@ class ActionModule(ActionBase):
     def _export(self) -> dict[str, Any]:
         """Write the live tree back into files."""
         args = self._args
-        target = Path(args["export_to"])
         reading, failure = self._read(None)
         if failure:
             return failure
@@ -192,10 +187,28 @@ class ActionModule(ActionBase):
             self._connection.fetch_file(f"{temporary}/export.jsonl", str(fetched))
             self._remove_tmp_path(temporary)
             with fetched.open(encoding="utf-8") as lines:
-                written = export.write(lines, reading.policy, target, args["export_form"])
+                written = export.write(lines, reading.policy, Path(args["export_to"]), args["export_form"])
         return {"changed": True, **_about(reading), "files": [str(path) for path in written]}
 
     # --- helpers --------------------------------------------------------------------------------
+
+    def _desired(self) -> tuple[Path, dict[str, Any]]:
+        """Return the file of what shall be, and what to say of it; with problems, the failed result.
+
+        The checks before a playbook and the plan want the same of the same files: within one run of Ansible, whose
+        temporary folder nobody else sees, they are read once.
+        """
+        desired = Path(C.DEFAULT_LOCAL_TMP) / f"directory-{_sha256_of_folder(Path(self._args['path']))}.jsonl"
+        known = desired.with_suffix(".about")
+        if known.exists():
+            found: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
+            return desired, found
+        with desired.open("wb") as out:
+            reading, failure = self._read(out)
+        about = failure or {"changed": False, **_about(reading)}
+        if not failure:
+            known.write_text(json.dumps(about), encoding="utf-8")
+        return desired, about
 
     def _read(self, out: Any) -> tuple[state.Reading, dict[str, Any]]:
         """Read and check the folder of files; the second value is the failed result when there are problems."""
@@ -260,6 +273,13 @@ def _working_copy(plan_file: str) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_folder(folder: Path) -> str:
+    """Return a digest over the names and the content of all files of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    parts = "".join(f"{path.relative_to(folder)}\0{_sha256(path)}\n" for path in files)
+    return hashlib.sha256(f"{folder.resolve()}\n{parts}".encode()).hexdigest()
 
 
 def _operator() -> str:

@@ -140,24 +140,13 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.hopthu import fill
 from ansible.module_utils.hopthu.passwords import initial_password, ssha512
-from ansible.module_utils.hopthu.plan import (
-    BRANCHES,
-    READ,
-    Change,
-    Row,
-    Step,
-    exported,
-    first_entry,
-    make_plan,
-    make_reset_plan,
-    read_plan,
-)
+from ansible.module_utils.hopthu.plan import READ, Change, Row, exported, make_plan, make_reset_plan, read_plan
+from ansible.module_utils.hopthu.steps import BRANCHES, Step, first_entry
 
 try:
     import ldap
@@ -170,9 +159,13 @@ except ImportError:
 PAGE = 500  # entries
 TIMEOUT = 60  # seconds, for one LDAP operation
 WINDOW = 400  # operations under way at a time
-UNSYNCED = 2000  # from so many operations on, slapd writes to disk only at the end
+UNSYNCED = 250  # from so many operations on, slapd writes to disk only at the end
 DECISION = 1000  # changes in one entry of the decision log
 LOCK = "/run/lock/hopthu-directory"
+
+
+Addition = tuple[str, list[tuple[str, list[bytes]]]]
+"""DN and attributes of an entry to be added, as python-ldap wants them."""
 
 
 class Refused(Exception):
@@ -422,34 +415,21 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
         header, rows = read_plan(file)
         if header["stop"]:
             raise Refused(header["stop"])
-        changes: list[Change] = []
-        steps: list[Step] = []
-        for row in rows:
-            (changes if isinstance(row, Change) else steps).append(row)
-    if not secrets.key and any(change.password and not change.refused for change in changes):
-        raise Refused("the plan makes initial passwords and there is no key for them: run again")
-    compare_and_swap(connection, base, header["serial"])
-    log = DecisionLog(base, header["serial"] + 1, given["decision"])
-    try:
-        if header["fill"]:
-            connection.add_s(*log.opening(header["counts"]))
-            connection.unbind_s()
-            entries = fill_entries(changes, header["now"], secrets)
-            fill.fill(base, given["bind_dn"], chain(entries, (decoded(*entry) for entry in log.chunks(changes))))
-            connection = connect(given["uri"], given["bind_dn"], given["password_file"])
-        else:
-            few = header["counts"]["total"] <= DECISION
-            connection.add_s(*log.opening(header["counts"], changes if few else []))
-            with unsynced(len(steps)):
-                if not few:
-                    for dn, content in log.chunks(changes):
-                        connection.add_s(dn, content)
-                carry_out(connection, steps, changes, secrets)
-        connection.add_s(*log.closing())
-    except ldap.LDAPError as error:
-        raise Refused(f"slapd refuses an entry of the decision log: {reason(error)}; mend it and run again") from None
-    except fill.FillFailed as failure:
-        raise Refused(str(failure)) from None
+        if header["passwords"] and not secrets.key:
+            raise Refused("the plan makes initial passwords and there is no key for them: run again")
+        compare_and_swap(connection, base, header["serial"])
+        log = DecisionLog(base, header["serial"] + 1, given["decision"])
+        try:
+            if header["fill"]:
+                connection.add_s(*log.opening(header["counts"]))
+                connection.unbind_s()
+                fill.fill(base, given["bind_dn"], filling(rows, header["now"], secrets, log))
+                connection = connect(given["uri"], given["bind_dn"], given["password_file"])
+            else:
+                carry_out_logged(connection, header, list(rows), secrets, log)
+            connection.add_s(*log.closing())
+        except ldap.LDAPError as error:
+            raise Refused(f"slapd refuses an entry of the decision log: {reason(error)}; mend it, run again") from None
     os.unlink(path)
     return {"changed": True, "counts": header["counts"]}
 
@@ -475,32 +455,29 @@ class DecisionLog:
         self.time = utc()
         self.name, self.base, self.decision = f"{self.time}-{number}", base, decision
 
-    def _entry(self, suffix: str, attributes: dict[str, list[str]]) -> tuple[str, list[tuple[str, list[bytes]]]]:
+    def _entry(self, suffix: str, attributes: dict[str, list[str]]) -> Addition:
         name = self.name + suffix
         content = {"objectClass": ["hopThuDecision"], "cn": [name], **attributes}
         return f"cn={name},ou=decisions,{self.base}", encoded(content)
 
-    def opening(
-        self, counts: dict[str, int], changes: Iterable[Change] = ()
-    ) -> tuple[str, list[tuple[str, list[bytes]]]]:
-        """Return the entry that is written before anything is done."""
+    def opening(self, counts: dict[str, int], texts: list[str] | None = None) -> Addition:
+        """Return the entry that is written before anything is done; it holds the changes when they are few."""
         about = {
             "decisionBy": [self.decision["by"]],
             "decisionCommit": [self.decision["commit"]],
             "decisionTime": [self.time],
             "decisionCounts": [json.dumps(counts)],
-            "decisionChange": [text(change) for change in changes if not change.refused],
+            "decisionChange": texts or [],
         }
         return self._entry("", {name: values for name, values in about.items() if values})
 
-    def chunks(self, changes: Iterable[Change]) -> Iterator[tuple[str, list[tuple[str, list[bytes]]]]]:
+    def chunks(self, texts: list[str]) -> Iterator[Addition]:
         """Yield the entries with the changes of a large plan."""
-        accepted = [change for change in changes if not change.refused]
-        for number, start in enumerate(range(0, len(accepted), DECISION), 1):
-            texts = [text(change) for change in accepted[start : start + DECISION]]
-            yield self._entry(f"-{number:04}", {"decisionTime": [self.time], "decisionChange": texts})
+        for number, start in enumerate(range(0, len(texts), DECISION), 1):
+            about = {"decisionTime": [self.time], "decisionChange": texts[start : start + DECISION]}
+            yield self._entry(f"-{number:04}", about)
 
-    def closing(self) -> tuple[str, list[tuple[str, list[bytes]]]]:
+    def closing(self) -> Addition:
         """Return the entry that says that all was done."""
         return self._entry("-done", {"decisionTime": [utc()]})
 
@@ -514,18 +491,33 @@ def text(change: Change) -> str:
     return json.dumps({name: value for name, value in about.items() if value}, ensure_ascii=False)
 
 
-def fill_entries(changes: Iterable[Change], now: str, secrets: Secrets) -> Iterator[tuple[str, dict[str, list[str]]]]:
-    """Yield the mailboxes of an empty tree; ppolicy's own attribute is set as slapd would set it."""
-    for change in changes:
-        if not change.refused:
-            password = {**secrets.attributes(change.id), "pwdChangedTime": [now]}
+def filling(
+    rows: Iterable[Change | Step], now: str, secrets: Secrets, log: DecisionLog
+) -> Iterator[tuple[str, dict[str, list[str]]]]:
+    """Yield the mailboxes of an empty tree, with ppolicy's own attribute as slapd would set it; then the decisions."""
+    texts = []
+    for change in rows:
+        if isinstance(change, Change) and not change.refused:
+            texts.append(text(change))
             content = first_entry(change.kind, change.id, change.after or {}, change.refs, now)
-            yield change.dn, {**content, **password}
+            yield change.dn, {**content, **secrets.attributes(change.id), "pwdChangedTime": [now]}
+    for dn, content in log.chunks(texts):
+        yield dn, {name: [value.decode() for value in values] for name, values in content}
 
 
-def decoded(dn: str, content: list[tuple[str, list[bytes]]]) -> tuple[str, dict[str, list[str]]]:
-    """Return an entry with its values as text."""
-    return dn, {name: [value.decode() for value in values] for name, values in content}
+def carry_out_logged(
+    connection: Any, header: dict[str, Any], rows: list[Change | Step], secrets: Secrets, log: DecisionLog
+) -> None:
+    """Write down what will be done, then do it; raises Refused."""
+    changes = [row for row in rows if isinstance(row, Change)]
+    steps = [row for row in rows if isinstance(row, Step)]
+    texts = [text(change) for change in changes if not change.refused]
+    few = len(texts) <= DECISION
+    connection.add_s(*log.opening(header["counts"], texts if few else None))
+    with unsynced(len(steps)):
+        for addition in () if few else log.chunks(texts):
+            connection.add_s(*addition)
+        carry_out(connection, steps, changes, secrets)
 
 
 @contextmanager
@@ -541,8 +533,11 @@ def unsynced(operations: int) -> Iterator[None]:
                 root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"TRUE"])])
             yield
         finally:
-            for dn in names:
-                root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"FALSE"])])
+            try:
+                for dn in names:
+                    root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"FALSE"])])
+            except ldap.SERVER_DOWN:
+                pass  # what ended the work says so; the next run puts this right
 
 
 def carry_out(connection: Any, steps: list[Step], changes: list[Change], secrets: Secrets) -> None:
@@ -588,6 +583,9 @@ def carry_out(connection: Any, steps: list[Step], changes: list[Change], secrets
 def send(connection: Any, step: Step, change: Change, secrets: Secrets) -> int:
     """Send one operation; return its message number."""
     content = {**step.set, **secrets.attributes(change.id)} if step.password else step.set
+    if "mailboxSessionsSince" in content:
+        # Who logs in between plan and change is still let in as before, and so must be ended too.
+        content = {**content, "mailboxSessionsSince": [utc()]}
     message: int
     if step.step == "delete":
         message = connection.delete_ext(step.dn)

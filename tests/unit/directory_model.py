@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hopthu.plan import Change, Plan, Step, first_entry, make_plan, read_plan
+from hopthu.plan import Change, Plan, make_plan, read_plan
+from hopthu.steps import Step, first_entry
 
 BASE = "dc=daklak,dc=gov,dc=vn"
 DOMAIN = "daklak.gov.vn"

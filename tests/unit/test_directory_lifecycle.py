@@ -197,9 +197,16 @@ def test_grounds_are_asked_for_and_used_once() -> None:
     assert "decision_ref 9/QĐ" in tree.entry("p1")["mailboxGrounds"]
 
 
-def test_who_vanishes_leaves_without_grounds() -> None:
+@pytest.mark.requirement("DL-7.3", "CT-7.3", "HT-5.2")
+def test_who_vanishes_leaves_only_where_no_grounds_are_asked_for() -> None:
+    """A line that was lost is no decision."""
     tree = loaded(person("p1", "an"), required_refs={"leave": ["decision_ref"]})
-    assert words(tree.load()) == ["p1 leave"]
+    plan = tree.load()
+    assert words(plan) == ["REFUSED p1 leave"]
+    assert (
+        plan.changes[0].refused == "p1 is no longer in the files and leave needs decision_ref: put it back, state left"
+    )
+    assert words(loaded(person("p1", "an")).load()) == ["p1 leave"]
 
 
 def test_what_depends_on_a_refused_change_is_refused() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import fcntl
 import os
 import pwd
 import re
@@ -117,6 +118,7 @@ def _load(base: str, sid: str, fixed: str, loader: str, entries: Iterable[tuple[
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **_as(USER)
     ) as process:
         assert process.stdin is not None and process.stderr is not None
+        fcntl.fcntl(process.stdin, fcntl.F_SETPIPE_SZ, 2**20)  # so that both work at the same time
         try:
             process.stdin.write(fixed)
             _write(process.stdin, loader, entries)

@@ -179,16 +179,18 @@ def succeeded(attributes: Attributes | None) -> bool:
 
 def digest(attributes: Attributes) -> str:
     """Return half a mailboxDigest: 32 hex digits over `attributes`, whatever the order of their values."""
-    if not any(attributes.values()):
-        return _EMPTY
-    parts = "\0".join(f"{name}\1" + "\1".join(sorted(values)) for name, values in sorted(attributes.items()) if values)
-    return hashlib.sha256(parts.encode()).hexdigest()[:32]
+    parts = [
+        f"{name}\1" + (values[0] if len(values) == 1 else "\1".join(sorted(values)))
+        for name, values in sorted(attributes.items())
+        if values
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32] if parts else _EMPTY
 
 
 def classify(box: Mailbox, rules: Rules, now: str, heir_waits: bool) -> None:
     """Fill in `actions`, and `want` where the files say nothing of the mailbox.
 
-    A mailbox that is no longer in the files has left; its grounds are not asked for. `heir_waits`: it is that of a
+    A mailbox that is no longer in the files has left, if the policy asks for no grounds. `heir_waits`: it is that of a
     unit with aliases at its successor's, which end before its entry may go.
     """
     first, last, end = ("join", "leave", "left") if box.kind == "person" else ("found", "dissolve", "dissolved")
@@ -312,7 +314,7 @@ class Refusals:
         return self.grounds(box) or self._class(box) or self._delegates(box)
 
     def grounds(self, box: Mailbox) -> str | None:
-        if not box.listed or box.actions <= _NO_GROUNDS:
+        if box.actions <= _NO_GROUNDS:
             return None
         accompanied = self._with_unit(box)
         used = set((box.live or {}).get("mailboxGrounds", ()))
@@ -321,6 +323,10 @@ class Refusals:
                 continue
             needed = self.rules.required_refs.get(action, ())
             missing = [name for name in needed if not box.refs.get(name)]
+            if missing and not box.listed:
+                state = "left" if box.kind == "person" else "dissolved"
+                documents = " and ".join(missing)
+                return f"{box.id} is no longer in the files and {action} needs {documents}: put it back, state {state}"
             if missing:
                 return f"{action} needs {' and '.join(missing)}: give it at {box.line}"
             for name in needed:

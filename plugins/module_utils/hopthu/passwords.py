@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import os
 
 KEY_OCTETS = 32
 
-_LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
+_LETTERS = b"abcdefghjkmnpqrstuvwxyz23456789"  # without those that look alike on paper
+# Octet → letter; the eight octets that are left over would make some letters more frequent, and are dropped.
+_LETTER = bytes(_LETTERS[octet % len(_LETTERS)] for octet in range(256))
+_UNEVEN = bytes(range(256 - 256 % len(_LETTERS), 256))
 
 
 def initial_password(key: bytes, identity: str) -> str:
@@ -18,12 +20,9 @@ def initial_password(key: bytes, identity: str) -> str:
     The same key and id give the same password on the controller, which prints it, and on the host, which hashes
     it; the key is random for each run and forgotten once the slips are finished.
     """
-    number = int.from_bytes(hmac.digest(key, identity.encode(), "sha256"))
-    letters = ""
-    for _ in range(20):
-        number, index = divmod(number, len(_LETTERS))
-        letters += _LETTERS[index]
-    return "-".join(letters[start : start + 5] for start in range(0, 20, 5))
+    octets = hashlib.blake2b(identity.encode(), key=key, digest_size=64).digest()
+    text = octets.translate(_LETTER, _UNEVEN).decode()
+    return f"{text[:5]}-{text[5:10]}-{text[10:15]}-{text[15:20]}"
 
 
 def ssha512(password: str) -> str:

@@ -2,15 +2,15 @@
 
 Runs on the managed host, and is pure: no connection, no clock. `lifecycle.py` says what happens to each mailbox and
 what is refused; here follow what depends on other mailboxes (rights, temporary aliases, pointers), the rows that
-people read, and the LDAP operations.
+people read; `steps.py` orders the LDAP operations.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from .lifecycle import (
@@ -35,12 +35,8 @@ from .lifecycle import (
     one,
     succeeded,
 )
+from .steps import BRANCHES, Step, Work, only, ordered
 
-BRANCHES = {"unit": "ou=units", "person": "ou=people"}
-OBJECT_CLASSES = {
-    "unit": ["organizationalUnit", "hopThuMailbox", "inetLocalMailRecipient"],
-    "person": ["inetOrgPerson", "hopThuMailbox", "inetLocalMailRecipient"],
-}
 READ = {kind: ("uid", *DECLARED[kind], *DERIVED, *BOOKKEEPING, "creatorsName") for kind in BRANCHES}
 """The attributes to read of live mailboxes."""
 FILL = 2000
@@ -49,8 +45,8 @@ FILL = 2000
 Row = tuple[str, dict[str, list[bytes]]]
 """An entry as python-ldap gives it: DN and attributes."""
 
-_MANAGED = {kind: (*DECLARED[kind], *DERIVED) for kind in BRANCHES}
 _UNCOMPARED = frozenset({*BOOKKEEPING, "uid", "creatorsName"})
+_SPECIAL = frozenset({"mailboxFormerAddress", "mailboxRetainUntil"})  # what time changes
 _POINTER = "this mailbox is closed, write to {0} (hop thu da dong, xin gui den {0})"
 _RECEIVES = frozenset({"active", "suspended", "legacy"})
 
@@ -77,25 +73,6 @@ class Change:
     drift: bool
     password: bool
     line: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields, in their order."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(slots=True)
-class Step:
-    """One LDAP operation for the change with the index `change`, to be done when the steps `after` are done.
-
-    "add", "modify" and "tombstone" set attributes, an empty list removes one; "delete" has none.
-    """
-
-    step: str
-    change: int
-    dn: str
-    after: list[int] = field(default_factory=list)
-    set: Attributes = field(default_factory=dict)
-    password: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields, in their order."""
@@ -197,7 +174,7 @@ def exported(live: Iterable[Row], *, base: str, loader: str, now: str) -> Iterat
     """
     planner = _Planner([b'{"policy":{"domain":""}}'], base, loader, now)
     for box in planner.boxes(live):
-        kept = _only(box.live or {}, ("mailboxFormerAddress", "mailboxGrounds"))
+        kept = only(box.live or {}, ("mailboxFormerAddress", "mailboxGrounds"))
         yield {"k": box.kind, "i": box.id, "a": {**box.had, **kept}}
 
 
@@ -315,10 +292,10 @@ class _Planner:
             key = attributes["uid"][0].decode("utf-8", "replace").lower()
             active += attributes["mailboxState"][0] == b"active"
             line = self.new_people.pop(key, None)
-            wish = json.loads(line) if line is not None else None
-            slip = issued and attributes.get("mailboxSlip", [b""])[0].decode() in issued
-            if wish is not None and not slip and key not in acting and _same(attributes, wish["a"]):
+            slip = bool(issued) and attributes.get("mailboxSlip", [b""])[0].decode() in issued
+            if line is not None and not slip and key not in acting and _as_written(attributes, line):
                 continue
+            wish = json.loads(line) if line is not None else None
             box = self.box(dn, attributes)
             if wish is not None:
                 self._wish(box, wish)
@@ -345,7 +322,7 @@ class _Planner:
         fill = not any_live and sum(not box.refused for box in everyone) > FILL
         changes, works = self._changes(everyone)
         stop = self._stop(changes, active, removals)
-        steps = [] if fill or stop else _ordered(works, tombs.keys(), self.rules, self.now)
+        steps = [] if fill or stop else ordered(works, tombs.keys(), self.rules, self.now)
         return Plan(_header(changes, serial, self.now, fill, stop, slips), changes, steps)
 
     def _stop(self, changes: list[Change], active: int, allowed: int | None) -> str | None:
@@ -363,17 +340,17 @@ class _Planner:
             f"-e directory_removals={removed}"
         )
 
-    def _changes(self, everyone: list[Mailbox]) -> tuple[list[Change], list[_Work]]:
+    def _changes(self, everyone: list[Mailbox]) -> tuple[list[Change], list[Work]]:
         """Return the rows, and for those that are carried out what to write."""
         acts_for, agent = self._rights()
         inherited = self._inherited()
         changes: list[Change] = []
-        works: list[_Work] = []
+        works: list[Work] = []
         for box in everyone:
             actions = sorted(box.actions, key=WEIGHT.index)
             if box.refused:
                 names = differing(box.had, box.want or {}, DECLARED[box.kind])
-                changes.append(self.change(box, actions, _only(box.had, names), _only(box.want or {}, names)))
+                changes.append(self.change(box, actions, only(box.had, names), only(box.want or {}, names)))
                 if box.live is None or box.by_hand:
                     continue
                 actions = []
@@ -465,11 +442,11 @@ class _Planner:
 
     def _work(
         self, box: Mailbox, acts_for: dict[str, set[str]], agent: dict[str, set[str]], inherited: dict[str, set[str]]
-    ) -> _Work | None:
+    ) -> Work | None:
         """Return what to write to a mailbox; None when nothing."""
         declared = box.effective
         if declared is None:
-            return _Work(box, None, {}) if box.live is not None else None
+            return Work(box, None, {}) if box.live is not None else None
         key = box.id.lower()
         former = former_after(box, self.rules, self.now) if box.live is not None else {}
         own = set() if succeeded(declared) else {address for address, until in former.items() if until.alias(self.now)}
@@ -484,7 +461,7 @@ class _Planner:
         target = {**declared, **derived}
         if temporary:
             target["mailLocalAddress"] = sorted({*declared.get("mailLocalAddress", ()), *temporary})
-        work = _Work(box, target, {}, inherited.get(key, set()), temporary)
+        work = Work(box, target, {}, inherited.get(key, set()), temporary)
         if box.live is None or box.by_hand:
             return work
         written = one(box.live, "mailboxDigest")
@@ -528,50 +505,29 @@ class _Planner:
             book["mailboxSessionsSince"] = [self.now]
 
 
-def first_entry(
-    kind: str, identity: str, after: Attributes, refs: dict[str, str], now: str, temporary: Collection[str] = ()
-) -> Attributes:
-    """Return all attributes, but for its password, of a mailbox that is made; `temporary` of its aliases end."""
-    derived = {name: after[name] for name in DERIVED if name in after}
-    declared = {name: values for name, values in after.items() if name not in derived}
-    if temporary:
-        declared["mailLocalAddress"] = [alias for alias in after["mailLocalAddress"] if alias not in temporary]
-    found = {
-        "objectClass": OBJECT_CLASSES[kind],
-        "uid": [identity],
-        **after,
-        "mailboxStateSince": [now],
-        "mailboxDigest": [digest(declared) + digest({**derived, "alias": [*temporary]})],
-    }
-    if refs:
-        found["mailboxGrounds"] = [f"{name} {value}" for name, value in sorted(refs.items())]
-    return found
+def _as_written(attributes: dict[str, list[bytes]], line: bytes) -> bool:
+    """Tell whether a live entry holds exactly what a line of desired.jsonl declares, without parsing it.
 
-
-def _same(attributes: dict[str, list[bytes]], want: Attributes) -> bool:
-    """Tell whether a live entry holds exactly the declared attributes, and was written by the kit."""
-    if "mailboxDigest" not in attributes or "mailboxFormerAddress" in attributes or "mailboxRetainUntil" in attributes:
+    Most lines of most runs are such: each attribute stands in the line as JSON, and together they are all of it.
+    What this does not recognise (a backslash, another order of values) is compared later, one attribute at a time.
+    """
+    if not attributes.keys().isdisjoint(_SPECIAL) or "mailboxDigest" not in attributes or b"\\" in line:
         return False
-    if attributes.keys() - _UNCOMPARED != want.keys():
-        return False
-    for name, values in want.items():
-        raw = attributes[name]
-        if len(raw) == 1 == len(values):
-            if raw[0] != values[0].encode():
-                return False
-        elif sorted(value.decode("utf-8", "replace") for value in raw) != sorted(values):
+    length = -1
+    for name, values in attributes.items():
+        if name in _UNCOMPARED:
+            continue
+        piece = b'"%b":["%b"]' % (name.encode(), b'","'.join(values))
+        if piece not in line:
             return False
-    return True
+        length += len(piece) + 1
+    return length == line.rindex(b'},"r":{') - line.index(b',"a":{') - 6
 
 
 def _grounds(box: Mailbox) -> Attributes:
     if not box.refs or not box.listed or box.actions <= {"drift", "expire"}:
         return {}
     return {"mailboxGrounds": [f"{name} {value}" for name, value in sorted(box.refs.items())]}
-
-
-def _only(attributes: Attributes, names: Collection[str]) -> Attributes:
-    return {name: attributes[name] for name in sorted(names) if attributes.get(name)}
 
 
 def _header(
@@ -589,230 +545,5 @@ def _header(
         "stop": stop,
         "issued": issued,
         "hand_overs": hand_overs,
+        "passwords": sum(change.password for change in done),
     }
-
-
-# --- steps -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """What to write to one mailbox: `target`, all managed attributes (None: the entry goes), and `book`.
-
-    `temporary` are those of its aliases that end, `inherited` those that come from dissolved units.
-    """
-
-    box: Mailbox
-    target: Attributes | None
-    book: Attributes
-    inherited: set[str] = field(default_factory=set)
-    temporary: set[str] = field(default_factory=set)
-    index: int = 0
-    password: bool = False
-    derived_by_hand: bool = False
-
-    def names(self) -> set[str]:
-        """Return the managed attributes that differ."""
-        if self.box.live is None:
-            return set(self.target or ())
-        return differing(self.box.live or {}, self.target or {}, _MANAGED[self.box.kind])
-
-    def shown(self) -> tuple[Attributes, Attributes]:
-        """Return both sides without what stays."""
-        if self.box.live is None:
-            return {}, self.target or {}
-        names = self.names()
-        return _only(self.box.live, names), _only(self.target or {}, names)
-
-    def own_action(self) -> str:
-        """Name a change that is not in the files: by hand, by time, or because of another mailbox."""
-        if self.derived_by_hand:
-            return "drift"
-        live, target = self.box.live or {}, self.target or {}
-        names = self.names()
-        only_lost = set(target.get("mailLocalAddress", ())) <= set(live.get("mailLocalAddress", ()))
-        ended = names <= {"mailLocalAddress"} and only_lost and one(live, "mailboxDigest")
-        return "expire" if ended else "update"
-
-    def keys(self, attributes: Attributes | None) -> set[str]:
-        """Return what only one mailbox may hold at a time: a main address, an alias, and an address at all.
-
-        A dissolved unit keeps its main address though its successor takes the mail: slapd allows that, since its
-        overlay looks at main addresses and aliases apart.
-        """
-        if not attributes:
-            return set()
-        mail, aliases = attributes.get("mail", ()), attributes.get("mailLocalAddress", ())
-        found = {f"m:{address}" for address in mail} | {f"l:{address}" for address in aliases}
-        if not succeeded(attributes):
-            found.update(f"a:{address}" for address in (*mail, *aliases))
-        return {key.lower() for key in found}
-
-
-def _ordered(works: list[_Work], tombs: Collection[str], rules: Rules, now: str) -> list[Step]:
-    """Order the operations so that an address is given up by one entry before another takes it.
-
-    A change waits until its addresses are free. Where changes wait for each other in a ring, such as two units that
-    swap addresses, one first gives up what others wait for: for that moment it may have a parking address, since an
-    entry must have one.
-    """
-    return _Order(works, tombs, rules, now).steps
-
-
-class _Order:
-    """The steps, and what is held while they are put in order."""
-
-    def __init__(self, works: list[_Work], tombs: Collection[str], rules: Rules, now: str) -> None:
-        self.works, self.tombs, self.rules, self.now = works, tombs, rules, now
-        self.steps: list[Step] = []
-        self.held: dict[str, int] = {}  # key → index of the work that holds it now
-        self.freed: dict[str, int] = {}  # key → index of the step that gave it up
-        self.gains: list[set[str]] = []
-        self.losses: list[set[str]] = []
-        self.last: dict[int, int] = {}  # work → its latest step
-        for index, work in enumerate(works):
-            before, after = work.keys(work.box.live), work.keys(work.target)
-            self._heirs(work, before, after)
-            self.held.update(dict.fromkeys(before, index))
-            self.gains.append(after - before)
-            self.losses.append(before - after)
-        self.wanted = set().union(*self.gains) if works else set()
-        self.waiting: dict[str, list[int]] = {}
-        self.ready = deque(range(len(works)))
-        self._run()
-        while self.waiting:
-            self._park()
-            self._run()
-        self._rights_after_units()
-
-    def _heirs(self, work: _Work, before: set[str], after: set[str]) -> None:
-        """Have a successor give up the aliases that end before the entry of the dissolved unit forgets them.
-
-        Else a run that dies between the two would leave aliases that nothing explains.
-        """
-        box = work.box
-        live_aliases = set((box.live or {}).get("mailLocalAddress", ()))
-        before.update(f"h:{alias}:{box.id}".lower() for alias in live_aliases - addresses(box.had))
-        after.update(f"h:{alias}:{box.id}".lower() for alias in work.inherited)
-        if succeeded(box.live):
-            heir = one(box.live, "mailboxSuccessor")
-            kept = set()
-            if work.target is not None and one(work.target, "mailboxSuccessor").lower() == heir.lower():
-                kept = {address for address, until in former_addresses(work.book).items() if until.alias_until}
-            ended = {address for address, until in box.former.items() if until.alias_until} - kept
-            after.update(f"h:{address}:{heir}".lower() for address in ended)
-
-    def _run(self) -> None:
-        while self.ready:
-            index = self.ready.popleft()
-            taken = next((key for key in sorted(self.gains[index]) if self.held.get(key, index) != index), None)
-            if taken is not None:
-                self.waiting.setdefault(taken, []).append(index)
-                continue
-            first = len(self.steps)
-            self._emit(index)
-            waits = {self.freed[key] for key in self.gains[index] if key in self.freed}
-            self.steps[first].after = sorted({*self.steps[first].after, *waits} - {first})
-            self._free(self.losses[index], len(self.steps) - 1)
-            self.held.update(dict.fromkeys(self.gains[index], index))
-
-    def _free(self, keys: set[str], step: int) -> None:
-        for key in keys:
-            self.held.pop(key, None)
-            self.freed[key] = step
-            self.ready.extend(self.waiting.pop(key, []))
-
-    def _emit(self, index: int) -> None:
-        """Append the steps of one change, the latter waiting for the former."""
-        work = self.works[index]
-        box = work.box
-        if work.target is None:
-            steps = [Step("delete", work.index, box.dn)]
-            if not box.by_hand and box.id.lower() not in self.tombs:
-                steps.insert(0, self._tombstone(work))
-        elif box.live is None or box.by_hand:
-            content = first_entry(box.kind, box.id, work.target, box.refs, self.now, work.temporary)
-            dn = f"uid={box.id},{BRANCHES[box.kind]},{box.dn.split(',', 2)[2]}"
-            steps = [Step("add", work.index, dn, set=content, password=work.password)]
-            if box.live is not None:
-                steps.insert(0, Step("delete", work.index, box.dn))
-        else:
-            replaced = {name: work.target.get(name, []) for name in sorted(work.names())}
-            replaced.update((name, values) for name, values in work.book.items() if values != box.live.get(name, []))
-            steps = [Step("modify", work.index, box.dn, set=replaced, password=work.password)]
-        for step in steps:
-            if index in self.last:
-                step.after.append(self.last[index])
-            self.last[index] = len(self.steps)
-            self.steps.append(step)
-
-    def _tombstone(self, work: _Work) -> Step:
-        """Keep the id and the addresses of a mailbox that goes: neither may pass to somebody else too early."""
-        box = work.box
-        live = box.live or {}
-        blocked = later(one(live, "mailboxStateSince") or self.now, self.rules.block_days)
-        former = {address: Former(None, blocked) for address in addresses(box.had)}
-        former.update((address, Former(None, until.blocked_until)) for address, until in box.former.items())
-        values: Attributes = {
-            "objectClass": ["hopThuReleased"],
-            "uid": [box.id],
-            "mailboxState": ["purged"],
-            "mailboxClass": [box.kind],
-            "mailboxStateSince": [self.now],
-            "mailboxFormerAddress": sorted(
-                until.text(address)
-                for address, until in former.items()
-                if address not in box.passed_on and not address.startswith(box.parking)
-            ),
-            "mailboxGrounds": live.get("mailboxGrounds", []),
-        }
-        dn = f"uid={box.id},ou=released,{box.dn.split(',', 2)[2]}"
-        return Step("tombstone", work.index, dn, set={name: found for name, found in values.items() if found})
-
-    def _park(self) -> None:
-        """Break a ring: who holds a waited-for address waits too, so it is a change that can step aside."""
-        key = next(iter(self.waiting))
-        index = self.held[key]
-        work = self.works[index]
-        box, live = work.box, work.box.live or {}
-        given = {held[2:] for held in self.losses[index] & self.wanted}
-        parked: Attributes = {
-            "mailLocalAddress": [alias for alias in live.get("mailLocalAddress", []) if alias.lower() not in given]
-        }
-        mail = one(live, "mail")
-        if mail.lower() in given:
-            local, domain = box.parking, mail.rpartition("@")[2]
-            while any(f"{kind}:{local}@{domain}".lower() in self.held.keys() | self.wanted for kind in "mla"):
-                local += "x"
-            parked["mail"] = [f"{local}@{domain}"]
-        written = one(live, "mailboxDigest")
-        if written:
-            half = digest(
-                {
-                    **box.had,
-                    **parked,
-                    "mailLocalAddress": [alias for alias in parked["mailLocalAddress"] if alias in addresses(box.had)],
-                }
-            )
-            parked["mailboxDigest"] = [half + written[32:]]
-        changed = {name: values for name, values in parked.items() if values != live.get(name, [])}
-        step = Step("modify", work.index, box.dn, set=changed)
-        if index in self.last:
-            step.after.append(self.last[index])
-        self.last[index] = len(self.steps)
-        self.steps.append(step)
-        lost = {held for held in self.losses[index] if held[2:] in given}
-        self.losses[index] -= lost
-        self._free(lost, len(self.steps) - 1)
-
-    def _rights_after_units(self) -> None:
-        """Give a person the right to act for a unit after the unit is as the plan says."""
-        final = {work.box.id: self.last[index] for index, work in enumerate(self.works) if work.box.kind == "unit"}
-        for index, work in enumerate(self.works):
-            if work.box.kind == "person" and work.target is not None:
-                step = self.last[index]
-                units = set(work.target.get("mailboxActsFor", ())) - set(
-                    (work.box.live or {}).get("mailboxActsFor", ())
-                )
-                waits = {final[unit] for unit in units if unit in final and final[unit] < step}
-                self.steps[step].after = sorted({*self.steps[step].after, *waits})
