@@ -99,9 +99,9 @@ class Files(Province):
         self.policy: dict[str, Any] = self.read("directory/policy.yml")
         self.units: list[dict[str, Any]] = self.read("directory/units.yml")["mail_units"]
         self.people: list[dict[str, Any]] = []
-        for path in sorted([*directory.glob("people.*"), *directory.glob("people/*.yml")]):
+        self._sources = sorted([*directory.glob("people.*"), *directory.glob("people/*.yml")])
+        for path in self._sources:
             self.people += _people(path)
-            path.unlink()
 
     def grounds(self, number: str) -> dict[str, str]:
         """Every kind of document, none used before: what any policy may ask for."""
@@ -109,7 +109,12 @@ class Files(Province):
         return {name: f"{number}/{name}" for name in names} | {"approved_by": "Chánh Văn phòng"}
 
     def save(self) -> None:
-        """Write the files."""
+        """Write the files, the people in one people.yml."""
+        for path in self._sources:
+            path.unlink()
+            if path.parent.name == "people":
+                shutil.rmtree(path.parent, ignore_errors=True)
+        self._sources = []
         self.write("directory/policy.yml", self.policy)
         self.write("directory/units.yml", {"mail_units": self.units})
         self.write("directory/people.yml", {"mail_people": self.people})

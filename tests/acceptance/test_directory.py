@@ -120,7 +120,7 @@ ACCESS = [
     ("dovecot", "own", "uid", True, False),
     ("dovecot", "own", "mailboxQuota", True, False),
     ("dovecot", "own", "mailLocalAddress", False, False),
-    ("dovecot", "own", "ou", False, False),
+    ("dovecot", "own", "ou", True, False),
     ("dovecot", "own", "userPassword", False, False),
     ("dovecot", "own", "pwdReset", False, False),
     ("loader", "own", "mailLocalAddress", True, True),

@@ -47,7 +47,7 @@ def province(
             f" slapcat -n2 -o ldif-wrap=no -H 'ldap:///???(!(|(objectClass=hopThuMailbox)(objectClass=hopThuReleased)"
             f"(objectClass=hopThuDecision)))' | sed {suffix} | {add} -n2 -l /dev/stdin && chown -R openldap {FOLDER} &&"
             f" systemd-run --quiet --collect --unit=hopthu-scratch slapd -d0 -u openldap -g openldap -F {FOLDER}/conf"
-            f" -h {SOCKET.replace('%', '%%')} &&"
+            f" -h {SOCKET} &&"
             f" timeout 10 sh -c 'until ldapwhoami -QY EXTERNAL -H {SOCKET}; do sleep .1; done'",
         )
         yield Files(lab | {"inventory": str(folder / "hosts.yml")}, tmp_path / "files"), base

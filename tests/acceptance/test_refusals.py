@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from imapclient import IMAPClient
-from imapclient.exceptions import LoginError
+from imapclient.exceptions import IMAPClientError, LoginError
 from service import OUTSIDER, TIMEOUT, Mailbox, ManageSieve, Service, letter, password, wait
 
 OWN_ADDRESS_ONLY = ["DL-8.4", "LC-11.4", "HT-6.4", "CT-8.4"]
@@ -147,8 +147,12 @@ def test_one_units_password_opens_no_other_mailbox(service: Service, mailbox: Ma
         assert opens(Mailbox(service, user, mailbox.password), "imap") == set(), user
     with mailbox.imap() as imap:
         personal, others, shared = imap.namespace()
-        assert personal and not others and not shared
-        assert not imap.folder_exists(f"user/{other}/INBOX")
+        assert personal and not others and [prefix for prefix, _separator in shared] == ["Units/"]
+        assert not [name for _flags, _separator, name in imap.list_folders() if name.startswith("Units/")]
+        for name in ("Units/ubnd", f"user/{other}/INBOX"):
+            assert not imap.folder_exists(name)
+            with pytest.raises(IMAPClientError):
+                imap.select_folder(name)
 
 
 @pytest.mark.parametrize("way", WAYS)
