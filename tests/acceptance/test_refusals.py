@@ -147,7 +147,7 @@ def test_one_units_password_opens_no_other_mailbox(service: Service, mailbox: Ma
         assert opens(Mailbox(service, user, mailbox.password), "imap") == set(), user
     with mailbox.imap() as imap:
         personal, others, shared = imap.namespace()
-        assert personal and not others and [prefix for prefix, _separator in shared] == ["Units/"]
+        assert personal and not shared and [prefix for prefix, _separator in others] == ["Units/"]
         assert not [name for _flags, _separator, name in imap.list_folders() if name.startswith("Units/")]
         for name in ("Units/ubnd", f"user/{other}/INBOX"):
             assert not imap.folder_exists(name)
