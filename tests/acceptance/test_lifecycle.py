@@ -566,6 +566,19 @@ def test_reset_issues_a_new_password_and_ends_sessions(settled: Story) -> None:
         pass
 
 
+@pytest.mark.requirement("N-14423")
+def test_administrators_have_stricter_passwords(settled: Story) -> None:
+    """What an official may choose is too short for an administrator."""
+    settled.files.policy["passwords"]["administrators"]["people"] = [settled.id("chi")]
+    settled.apply()
+    for name, taken in (("binh", True), ("chi", False)):
+        box, chosen = settled.boxes[name], f"aA1-{secrets.token_urlsafe(9)[:9]}"
+        with settled.service.ldap(box.dn, box.password) as connection:
+            assert connection.extend.standard.modify_password(box.dn, box.password, chosen) is taken, connection.result
+        if taken:
+            settled.boxes[name] = replace(box, password=chosen)
+
+
 @pytest.mark.parametrize("form", ["yml", "csv", "json"])
 def test_what_is_exported_loads_without_a_change(settled: Story, form: str, tmp_path: Path) -> None:
     run = settled.files.run("directory-export.yml", "-e", f"export_to={tmp_path}", "-e", f"export_form={form}")
@@ -583,3 +596,28 @@ def test_what_is_exported_loads_without_a_change(settled: Story, form: str, tmp_
     finally:
         for path in tmp_path.iterdir():
             (folder / path.name).unlink()
+
+
+# --- the end of a unit
+
+
+@pytest.mark.requirement("LC-6.1")
+def test_unit_ends_and_its_mail_goes_to_its_successor(purged: Story) -> None:
+    """First it only receives: nobody logs in as it, its head still reads it. Then another unit has its addresses."""
+    service, bureau, chi = purged.service, purged.boxes["bureau"], purged.boxes["chi"]
+    purged.change("bureau", state="legacy", head=purged.id("chi"))
+    purged.apply()
+    assert purged.rows()["bureau"]["action"] == "legacy"
+    assert refused(bureau, service) == ALL
+    identifier = service.send(letter(OUTSIDER, bureau.address), bureau.address, service.address)
+    with chi.imap() as client:
+        wait("the mail of the unit", lambda: chi.has(client, identifier, shared(bureau)))
+    with _submission(chi, service) as smtp:
+        assert smtp.mail(bureau.address)[0] == 553
+    purged.change("bureau", state="dissolved", successor=purged.id("office"))
+    del purged.record("bureau")["head"]
+    purged.record("chi").update(unit=purged.id("office"))
+    purged.change("chi")
+    purged.apply()
+    identifier = service.send(letter(OUTSIDER, bureau.address), bureau.address, service.address)
+    assert purged.boxes["office"].take(identifier)

@@ -197,6 +197,14 @@ def test_grounds_are_asked_for_and_used_once() -> None:
     assert "decision_ref 9/QĐ" in tree.entry("p1")["mailboxGrounds"]
 
 
+def test_what_the_operator_decides_needs_no_grounds() -> None:
+    """A larger quota and a stricter password policy; with a new title beside them the change needs its document."""
+    tree = loaded(person("p1", "an"), required_refs={"update": ["request_ref"]})
+    larger = {"mailboxQuota": "99", "pwdPolicySubentry": "cn=administrators,ou=policies,dc=x"}
+    assert words(tree.load(person("p1", "an", **larger))) == ["p1 update"]
+    assert words(tree.load(person("p1", "an", **larger, title="Chánh Văn phòng"))) == ["REFUSED p1 update"]
+
+
 @pytest.mark.requirement("DL-7.3", "CT-7.3", "HT-5.2")
 def test_who_vanishes_leaves_only_where_no_grounds_are_asked_for() -> None:
     """A line that was lost is no decision."""

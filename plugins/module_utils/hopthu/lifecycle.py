@@ -51,6 +51,8 @@ _PART_OF = {
     "move": {"departmentNumber", "title", "mail", "mailLocalAddress", "cn", "sn", "givenName", "mailboxMiddleName"},
     "rename": {"mail", "mailLocalAddress", "cn", "sn", "givenName", "mailboxMiddleName", "ou", "mailboxUnitCode"},
 }
+# What the operator decides, in policy.yml for everybody or for one: no clause has grounds for it.
+_OPERATORS = frozenset({"mailboxQuota", "pwdPolicySubentry"})
 _EMPTY = hashlib.sha256(b"").hexdigest()[:32]
 _NAMES = frozenset({"mail", "cn", "sn", "givenName", "mailboxMiddleName", "ou"})
 
@@ -250,6 +252,8 @@ def _name_rest(box: Mailbox, names: set[str], rules: Rules, *, new: bool) -> Non
     elif names & {"mailboxHead", "mailboxDelegate"}:
         box.actions.add("delegate")
     names = names - {"mailboxHead", "mailboxDelegate"}
+    if names & _OPERATORS:
+        box.free_update, names = True, names - _OPERATORS
     if names == {"mailLocalAddress"}:
         lost = set(had.get("mailLocalAddress", ())) ^ set(want.get("mailLocalAddress", ()))
         if not any(address.endswith("@" + rules.domain) for address in lost):
