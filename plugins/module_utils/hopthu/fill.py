@@ -61,6 +61,8 @@ def fill(base: str, loader: str, entries: Iterable[tuple[str, dict[str, list[str
         _run(["/usr/sbin/slapadd", "-n", "0", "-F", str(WORK)], config.replace(f": {folder}\n", f": {copy}\n"), USER)
         fixed = _dump(base)
         _load(base, _server_id(config), fixed, loader, entries)
+        for path in (copy / "data.mdb", copy):
+            _sync(path)  # slapadd -q leaves that to whoever comes after it
         _run(["systemctl", "stop", "slapd.service"])
         try:
             if _unstamped(_dump(base)) != _unstamped(fixed):
@@ -156,7 +158,12 @@ def _exchange(one: str, other: str) -> None:
         raise FillFailed(
             f"{one} and {other} cannot be exchanged, nothing was changed: {os.strerror(ctypes.get_errno())}"
         )
-    handle = os.open(os.path.dirname(one), os.O_RDONLY)
+    _sync(Path(one).parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
