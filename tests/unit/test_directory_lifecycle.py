@@ -391,7 +391,6 @@ def test_a_large_empty_tree_is_filled_and_then_holds_what_single_operations_woul
     assert single.entry("p1") == tree.entry("p1")
 
 
-@pytest.mark.requirement("BD-7.1")
 def test_resets() -> None:
     tree = loaded(U1, P1, person("p3", "c", mailboxState="suspended"))
     tree.load(U1, P1)

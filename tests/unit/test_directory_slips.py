@@ -71,7 +71,7 @@ def test_the_hash_is_salted_sha512() -> None:
         assert hashlib.sha512("mật khẩu".encode() + salt).digest() == digest
 
 
-@pytest.mark.requirement("DL-6.2", "CT-6.2")
+@pytest.mark.requirement("DL-6.2")
 def test_each_mailbox_has_a_page_that_only_the_operator_opens(tmp_path: Path, operator: Path) -> None:
     slips = slips_in(tmp_path, operator)
     key = slips.begin([AN, OFFICE])

@@ -366,9 +366,7 @@ REFUSED = [
     pytest.param(
         "cantho", "cb-0008", {"request_ref": None}, "join needs request_ref", marks=pytest.mark.requirement("CT-7.1")
     ),
-    pytest.param(
-        "binhduong", "cb-0009", {"request_ref": None}, "join needs request_ref", marks=pytest.mark.requirement("BD-7.1")
-    ),
+    pytest.param("binhduong", "cb-0009", {"request_ref": None}, "join needs request_ref"),
     pytest.param(
         "binhduong",
         "cb-0009",
@@ -483,7 +481,6 @@ FRESH = {name: f"99/{name}" for name in ("decision_ref", "order_ref", "request_r
             "hhennie",
             None,
             ["request_ref", "decision_ref"],
-            marks=pytest.mark.requirement("BD-7.1"),
         ),
         pytest.param("hatinh", "cb-0006", "ht-05", "dangthingocanh.svhttdl", "dangthingocanh.stttt", ["decision_ref"]),
         # The regulation knows one department only; a unit with a code of its own shows what a second one would do.
