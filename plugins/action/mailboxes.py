@@ -13,7 +13,7 @@ from ansible.plugins.action import ActionBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
-from hopthu.durable import replaced, sync_folder
+from hopthu.durable import replaced, sync
 from hopthu.mailboxes import hand_overs, receipt
 
 _PENDING = ".pending.yml"
@@ -110,7 +110,7 @@ class ActionModule(ActionBase):
             else:
                 self._display.warning(f"{path.name}: the hand-over did not take place, the receipt is dropped")
             path.unlink()
-            sync_folder(folder)
+            sync(folder)
         result["changed"] = result["changed"] or bool(pending)
         if faults:
             text = "Messages went while a mailbox was handed over; look who was still logged in: "

@@ -1,4 +1,4 @@
-"""Files on the controller that are there whole or not at all, also after a crash."""
+"""Files that are there whole or not at all, also after a crash."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         os.unlink(name)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

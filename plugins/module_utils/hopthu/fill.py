@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+from .durable import sync
+
 CONFIG = Path("/etc/ldap/slapd.d")
 WORK = Path("/run/hopthu-directory-fill")
 """Holds the copy of slapd's configuration, and while it is there slapd may be stopped."""
@@ -62,7 +64,7 @@ def fill(base: str, loader: str, entries: Iterable[tuple[str, dict[str, list[str
         fixed = _dump(base)
         _load(base, _server_id(config), fixed, loader, entries)
         for path in (copy / "data.mdb", copy):
-            _sync(path)  # slapadd -q leaves that to whoever comes after it
+            sync(path)  # slapadd -q leaves that to whoever comes after it
         _run(["systemctl", "stop", "slapd.service"])
         try:
             if _unstamped(_dump(base)) != _unstamped(fixed):
@@ -158,16 +160,7 @@ def _exchange(one: str, other: str) -> None:
         raise FillFailed(
             f"{one} and {other} cannot be exchanged, nothing was changed: {os.strerror(ctypes.get_errno())}"
         )
-    _sync(Path(one).parent)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(Path(one).parent)
 
 
 def _as(user: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import yaml
 from ansible.errors import AnsibleError
 
-from .durable import replaced, sync_folder
+from .durable import replaced, sync
 from .passwords import KEY_OCTETS, initial_password
 
 _JOURNAL = ".pending.yml"
@@ -184,7 +184,7 @@ class Slips:
     def _finish(self, run: str) -> Path:
         final = self.folder / f"{run}.cms"
         (self.folder / f"{run}{_PAGES}").rename(final)
-        sync_folder(self.folder)
+        sync(self.folder)
         return final
 
     def _key(self, journal: Path) -> bytes:
