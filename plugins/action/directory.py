@@ -24,6 +24,7 @@ from ansible.plugins.action import ActionBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from hopthu import export, report, state
+from hopthu.durable import replaced
 from hopthu.slips import Holder, Slips, SlipsRefused, check_certificates
 
 _SESSION = ("base", "uri", "bind_dn", "password_file")
@@ -112,7 +113,9 @@ class ActionModule(ActionBase):
             header = report.write(fetched, Path(args["plan_file"]))
             work = header["counts"]["total"] > 0 or bool(slips.interrupted())
             if work and not self._task.check_mode:
-                shutil.copyfile(fetched, _working_copy(args["plan_file"]))
+                # Like plan.json: names and addresses, which only the operator reads.
+                with fetched.open("rb") as source, replaced(_working_copy(args["plan_file"])) as copy:
+                    shutil.copyfileobj(source, copy)
             result = {
                 **about,
                 **_only(answer, "live_unread"),

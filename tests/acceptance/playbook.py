@@ -112,8 +112,8 @@ class Files(Province):
         """Write the files, the people in one people.yml."""
         for path in self._sources:
             path.unlink()
-            if path.parent.name == "people":
-                shutil.rmtree(path.parent, ignore_errors=True)
+        for folder in {path.parent for path in self._sources if path.parent.name == "people"}:
+            folder.rmdir()
         self._sources = []
         self.write("directory/policy.yml", self.policy)
         self.write("directory/units.yml", {"mail_units": self.units})

@@ -81,7 +81,8 @@ def people(folder: Path) -> list[dict[str, Any]]:
             records = yaml.safe_load(text)["mail_people"]
         found += [({"unit": path.stem} if path.parent.name == "people" else {}) | record for record in records]
         path.unlink()
-    shutil.rmtree(folder / "people", ignore_errors=True)
+    if (folder / "people").is_dir():
+        (folder / "people").rmdir()
     return found
 
 

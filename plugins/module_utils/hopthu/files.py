@@ -282,7 +282,9 @@ def _read_json(text: str, shown: str, root: str) -> Iterator[Record]:
 
     def expect(signs: str) -> str:
         nonlocal position
-        position = space.match(text, position).end()  # type: ignore[union-attr]
+        found = space.match(text, position)
+        assert found is not None  # it matches the empty text too
+        position = found.end()
         sign = text[position : position + 1]
         if not sign or sign not in signs:
             at = text.count("\n", 0, position) + 1
