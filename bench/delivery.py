@@ -62,8 +62,8 @@ def message(recipient: str, run: str) -> bytes:
     return (head + line * OCTETS)[: OCTETS - 2].encode().rstrip(b"\r\n") + b"\r\n"
 
 
-def send(address: str, recipients: Sequence[str], run: str) -> list[str]:
-    """Send one message to each of `recipients` through port 25 over one connection; return the queue ids."""
+def send(address: str, recipients: Sequence[str], run: str, make: Callable[[str, str], bytes] = message) -> list[str]:
+    """Send a message that `make` makes to each of `recipients` on port 25 over one connection; the queue ids."""
     ids = []
     with smtplib.SMTP(address, 25, timeout=60) as smtp:
         smtp.ehlo("bench.invalid")
@@ -71,7 +71,7 @@ def send(address: str, recipients: Sequence[str], run: str) -> list[str]:
             smtp.mail(SENDER)
             code, answer = smtp.rcpt(recipient)
             if code == 250:
-                code, answer = smtp.data(message(recipient, run))
+                code, answer = smtp.data(make(recipient, run))
             queued = QUEUED.search(answer.decode(errors="replace"))
             if code != 250 or queued is None:
                 raise BenchError(f"{address} does not take mail to {recipient}: {code} {answer.decode()}")

@@ -224,8 +224,11 @@ def slips(lab: Lab) -> dict[str, str]:
 # --- lab.json --------------------------------------------------------------------------------
 
 
-def write_result(lab: Lab, province: Path) -> dict[str, Any]:
-    """Write lab.json, which tells scripts how to reach the lab, and return its content."""
+def write_result(lab: Lab, province: Path, world: dict[str, Any]) -> dict[str, Any]:
+    """Write lab.json, which tells scripts how to reach the lab, and return its content.
+
+    `world` is what it says of the host outside.
+    """
     top = read_yaml(lab.inventory, lab)["all"]
     membership = groups({"all": top})
     policy = read_yaml(province / "directory" / "policy.yml", lab)
@@ -268,6 +271,8 @@ def write_result(lab: Lab, province: Path) -> dict[str, Any]:
         },
         "credentials_file": str(lab.build / "credentials.json"),
         "inventory": str(lab.inventory),
+        "outside_host": world["addresses"]["v4"],
+        "outside": world,
     }
     text = json.dumps(result, indent=2, ensure_ascii=False)
     lab.result.write_text(f"{text}\n", encoding="utf-8")

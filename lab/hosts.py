@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -73,16 +74,27 @@ class Lab:
         """How the operator calls this program for this lab."""
         return f".venv/bin/python lab/lab.py --name {self.name}"
 
+    def playbook(self, inventory: Path, path: Path, *arguments: str | Path) -> list[str | Path]:
+        """The command that runs the playbook `path` with an inventory of this lab."""
+        environment = [f"ANSIBLE_CONFIG={self.checkout / 'ansible.cfg'}", "LC_ALL=C.UTF-8"]
+        ansible = Path(sys.executable).parent / "ansible-playbook"
+        return ["env", *environment, ansible, "-i", inventory, *arguments, path]
+
 
 @dataclass(frozen=True)
 class Subnets:
-    """The two networks of a lab; hosts are numbered from .11 and ::11 on."""
+    """The two networks of a lab; the province's hosts are numbered from .11 and ::11 on, the outside one has .10."""
 
     v4: IPv4Network
     v6: IPv6Network
 
+    @property
+    def gateway(self) -> list[str]:
+        """IPv4 and IPv6 address of this machine in the lab's network."""
+        return [str(self.v4[1]), str(self.v6[1])]
+
     def addresses(self, index: int) -> list[str]:
-        """IPv4 and IPv6 address of host number `index` (from 0), written alike: .11 and ::11."""
+        """IPv4 and IPv6 address of host number `index` (from 0), written alike: .11 and ::11; -1 is the one outside."""
         return [str(self.v4[11 + index]), str(self.v6[int(str(11 + index), 16)])]
 
 

@@ -18,6 +18,7 @@ import accounts
 import files
 import hosts
 import machine
+import outside
 from hosts import Lab
 from machine import LabError, stage
 
@@ -49,15 +50,17 @@ def create(lab: Lab, province: str) -> None:
     with stage("base image"):
         image = hosts.ensure_image(lab)
     addresses = {name: subnets.addresses(i) for i, name in enumerate(files.groups(tree))}
+    if outside.HOST in addresses:
+        raise LabError(f"inventories/{province}/hosts.yml: the lab has a host {outside.HOST} of its own; rename yours.")
+    everyone = {**addresses, outside.HOST: subnets.addresses(-1)}
     resolvers = machine.resolvers()
-    with stage(f"hosts {' '.join(addresses)}"):
-        hosts.ensure_hosts(lab, image, addresses, resolvers)
+    with stage(f"hosts {' '.join(everyone)}"):
+        hosts.ensure_hosts(lab, image, everyone, resolvers)
+    # Before the inventory, which holds the trust anchors of the zones outside.
+    with stage("the world outside"):
+        zones = outside.ensure(lab, subnets, folder, everyone, resolvers)
     with stage("inventory and secrets"):
-        mirror, security = machine.debian_mirrors()
-        variables = {"base_apt_mirror": mirror, "base_resolvers": resolvers}
-        if security:
-            variables["base_apt_security_mirror"] = security
-        files.write_inventory(lab, folder, subnets, addresses, variables)
+        files.write_inventory(lab, folder, subnets, addresses, _variables(lab, subnets, resolvers, zones))
         files.ensure_vault_password(lab)
         files.ensure_operator(lab)
         machine.run(
@@ -66,12 +69,32 @@ def create(lab: Lab, province: str) -> None:
         )
 
 
-def _playbook(lab: Lab, name: str, *arguments: str) -> list[str | Path]:
-    environment = [f"ANSIBLE_CONFIG={lab.checkout / 'ansible.cfg'}", "LC_ALL=C.UTF-8"]
-    ansible = Path(sys.executable).parent / "ansible-playbook"
-    command: list[str | Path] = ["env", *environment, ansible, "-i", lab.inventory, *arguments]
+def _variables(lab: Lab, subnets: hosts.Subnets, resolvers: list[str], zones: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every host of the province is told about this machine and the world outside with its `zones`."""
+    mirror, security = machine.debian_mirrors()
+    world = subnets.addresses(-1)
+    variables: dict[str, Any] = {
+        "base_apt_mirror": mirror,
+        "base_authorities": [str(outside.folder(lab) / "ca.pem")],
+        "unbound_forwarders": resolvers,
+        "unbound_forwarders_validate": machine.resolvers_validate(resolvers),
+        "unbound_stub_zones": zones,
+        "mail_never_banned": subnets.gateway,
+        "clamav_signature_source": "files",
+        "clamav_signature_files": [str(path) for path in sorted((lab.checkout / "lab" / "signatures").glob("*"))],
+        "dns_records_path": str(lab.build / "dns"),
+        "dns_records_policy_addresses": world,
+        "dns_records_servers": world,
+    }
+    if security:
+        variables["base_apt_security_mirror"] = security
+    return variables
+
+
+def _playbook(lab: Lab, name: str, *arguments: str | Path) -> list[str | Path]:
     secret = lab.build / "vault-password"
-    return [*command, "--vault-password-file", secret, lab.checkout / "playbooks" / name]
+    path = lab.checkout / "playbooks" / name
+    return lab.playbook(lab.inventory, path, "--vault-password-file", secret, *arguments)
 
 
 def up(lab: Lab, province: str) -> None:
@@ -97,6 +120,7 @@ def up(lab: Lab, province: str) -> None:
     if process.wait():
         raise LabError(f"playbooks/site.yml failed with exit code {process.returncode}", log_path)
     result = activate(lab, province)
+    publish(lab, province)
     folder = files.province_folder(lab, province)
     with stage("a mail from one unit to another"):
         proof = accounts.prove(lab, result, folder)
@@ -106,10 +130,30 @@ def up(lab: Lab, province: str) -> None:
 def activate(lab: Lab, province: str) -> dict[str, Any]:
     """Give every mailbox a password of its own; write the credentials and lab.json."""
     with stage("passwords of the mailboxes"):
-        result = files.write_result(lab, files.province_folder(lab, province))
+        world = outside.result(lab, _subnets(lab).addresses(-1))
+        result = files.write_result(lab, files.province_folder(lab, province), world)
         done = accounts.activate(lab, result)
     print(f"{done.total} mailboxes can log in, {done.changed} of them were activated now")
     return result
+
+
+def _subnets(lab: Lab) -> hosts.Subnets:
+    existing = hosts.existing_network(lab)
+    if existing is None:
+        raise LabError(f"There is no lab named {lab.name}: `{lab.command} up` makes one.")
+    return existing[0]
+
+
+def publish(lab: Lab, province: str) -> None:
+    """Put the records that the province's playbook prints into the DNS of the world outside."""
+    subnets, folder = _subnets(lab), files.province_folder(lab, province)
+    with stage("records of the province in DNS"):
+        printed = _playbook(lab, "dns-records.yml", "-e", f"@{lab.build / 'vault.yml'}")
+        machine.run(printed, "The province's DNS records could not be printed")
+        top = files.read_yaml(lab.inventory, lab)["all"]
+        addresses = {host: values["host_addresses"] for host, values in top["hosts"].items()}
+        addresses[outside.HOST] = subnets.addresses(-1)
+        outside.ensure(lab, subnets, folder, addresses, machine.resolvers())
 
 
 def _print_summary(lab: Lab, result: dict[str, Any], proof: accounts.Proof, seconds: float) -> None:
@@ -129,6 +173,8 @@ def _print_summary(lab: Lab, result: dict[str, Any], proof: accounts.Proof, seco
     for host, values in result["hosts"].items():
         addresses = "  ".join(values["addresses"].values())
         print(f"  {host:<12} {addresses}  {' '.join(values['groups'])}")
+    world = result["outside"]
+    print(f"  {outside.HOST:<12} {'  '.join(world['addresses'].values())}  DNS, {world['domain']}, ACME")
     print(f"  CA           {ca}")
     print(f"  log in       the whole address; passwords: {shown(result['credentials_file'])}")
     print(f"  read mail    curl --cacert {ca} imaps://{address}/INBOX -u {proof.recipient}")
@@ -178,11 +224,24 @@ def status(lab: Lab) -> None:
         print(f"{host:<10} {state}, systemd {systemd}  {'  '.join(addresses)}")
         print(f"{'':<10} {', '.join(states)}")
         print(f"{'':<10} answers on {' '.join(map(str, ports)) or 'no port'}")
+    wrong += _outside_status(lab)
     size = hosts.cache_bytes() / 1024**2
     print(f"package cache {hosts.cache_folder()}: {size:.0f} MiB")
     if wrong:
         raise LabError("\n  ".join([f"The lab {lab.name} is not healthy:", *wrong]))
     print(f"The lab {lab.name} is healthy.")
+
+
+def _outside_status(lab: Lab) -> list[str]:
+    """Print the state of the host outside; return what is not right."""
+    state = hosts.container_state(lab, outside.HOST)
+    if state != "running":
+        print(f"{outside.HOST:<10} {state}")
+        return [f"{outside.HOST} is {state}: `{lab.command} create` starts it"]
+    command = ["podman", "exec", lab.container(outside.HOST), "systemctl", "is-active", *outside.UNITS]
+    states = dict(zip(outside.UNITS, machine.attempt(command).stdout.split(), strict=True))
+    print(f"{outside.HOST:<10} {state}, {', '.join(f'{unit} {value}' for unit, value in states.items())}")
+    return [f"{unit} on {outside.HOST} is {value}" for unit, value in states.items() if value != "active"]
 
 
 def _answers(address: str, port: int) -> bool:
@@ -203,7 +262,7 @@ def down(lab: Lab) -> None:
 def main() -> int:
     """Run the command line; exit code 0, 1 after a LabError, 130 when interrupted."""
     parser = argparse.ArgumentParser(prog="lab/lab.py", description=__doc__)
-    commands = ("create", "up", "activate", "status", "down", "destroy")
+    commands = ("create", "up", "activate", "publish", "status", "down", "destroy")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--name", default="lab", help="name of the lab (default: lab)")
     parser.add_argument("--province", default="daklak", help="folder of inventories/ (daklak)")
@@ -223,7 +282,8 @@ def main() -> int:
             if options.command in ("down", "destroy"):
                 down(lab)
             else:
-                {"create": create, "up": up, "activate": activate}[options.command](lab, options.province)
+                steps = {"create": create, "up": up, "activate": activate, "publish": publish}
+                steps[options.command](lab, options.province)
     except LabError as error:
         log = error.log or log_path
         logged = options.command != "status" and log.exists()

@@ -15,6 +15,11 @@ from contextlib import contextmanager
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 
+import dns.exception
+import dns.message
+import dns.query
+import dns.rdatatype
+
 PACKAGES = (
     "podman",
     "runc",
@@ -207,6 +212,19 @@ def resolvers() -> list[str]:
             " address of one that the lab's hosts can reach."
         )
     return chosen
+
+
+def resolvers_validate(addresses: Sequence[str]) -> bool:
+    """Whether all these name servers hand on DNSSEC: the root's signed keys, in answer to a question for them."""
+    question = dns.message.make_query(".", "DNSKEY", want_dnssec=True)
+    for address in addresses:
+        try:
+            answer, _ = dns.query.udp_with_fallback(question, address, timeout=5)
+        except (OSError, dns.exception.DNSException):
+            return False
+        if not any(rrset.rdtype == dns.rdatatype.RRSIG for rrset in answer.answer):
+            return False
+    return True
 
 
 def clash(subnet: IPv4Network | IPv6Network) -> str | None:

@@ -1,5 +1,6 @@
 """The long campaigns: `make soak`. Each province is stood up whole and lives through its life cycle; on Đắk Lắk's hosts
-fifty runs are killed as well, and every guarded setting is broken. Ends with `N passed, N failed` over the campaigns.
+fifty runs are killed as well, scanners look for holes, and every guarded setting is broken. Ends with
+`N passed, N failed` over the campaigns.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ PYTEST = ["-m", "pytest", "-q", "-x", "--requirements", "soak"]
 CAMPAIGNS = {
     "life cycle": [*PYTEST, "tests/acceptance/test_lifecycle.py"],
     "killed runs": [*PYTEST, "tests/acceptance/test_killed_runs.py"],
+    "scanners": ["tests/scanners.py", "--lab", f"build/{LAB}/lab.json"],
     "sabotage": ["tests/soak.py", "--lab", f"build/{LAB}/lab.json"],
 }
 

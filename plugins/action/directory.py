@@ -246,6 +246,8 @@ def _about(reading: state.Reading) -> dict[str, Any]:
         "domains": list(reading.domains),
         "units": reading.units,
         "people": reading.people,
+        "applications": reading.applications,
+        **({"warnings": reading.warnings} if reading.warnings else {}),
     }
 
 

@@ -24,9 +24,20 @@ def service_table(addresses: Iterable[str], name: str) -> list[dict[str, Any]]:
     return [{"address": address, "names": [name]} for address in addresses]
 
 
+def host_names(hosts: Iterable[Mapping[str, Any]], domain: str) -> list[dict[str, Any]]:
+    """Return full name and addresses of each of `hosts` (their Ansible variables).
+
+    >>> host_names([{"inventory_hostname": "mail1", "host_addresses": ["192.0.2.1"]}], "tinh.gov.vn")
+    [{'name': 'mail1.tinh.gov.vn', 'addresses': ['192.0.2.1']}]
+    """
+    return [
+        {"name": f"{host['inventory_hostname']}.{domain}", "addresses": list(host["host_addresses"])} for host in hosts
+    ]
+
+
 class FilterModule:
     """Ansible's entry point."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {"host_table": host_table, "service_table": service_table}
+        return {"host_table": host_table, "service_table": service_table, "host_names": host_names}

@@ -22,7 +22,7 @@ options:
     choices: [validate, plan, apply, export]
     required: true
   path:
-    description: Folder on the controller with policy.yml, units.yml and the people.
+    description: Folder on the controller with policy.yml, units.yml, the people and applications.yml.
     type: path
     required: true
   base:
@@ -125,12 +125,17 @@ people:
   description: Number of people in the files.
   type: int
   returned: success
+applications:
+  description: Number of applications in the files.
+  type: int
+  returned: success
 live_unread:
   description: Why the live tree could not be read, and was taken as empty. Only in check mode.
   type: str
   returned: when it could not be read
 """
 
+import base64
 import fcntl
 import gc
 import hashlib
@@ -294,17 +299,26 @@ def pages(connection: Any, where: str, about: str, attributes: Sequence[str]) ->
                 message = connection.search_ext(where, ldap.SCOPE_ONELEVEL, about, list(attributes), serverctrls=[page])
             for dn, values in rows:
                 if dn is not None:
-                    yield dn, values
+                    yield dn, as_text(values)
     except ldap.NO_SUCH_OBJECT:
         raise Refused(f"slapd has no {where} for this identity: run the openldap role first") from None
     except ldap.LDAPError as error:
         raise Refused(f"slapd does not list {where}: {reason(error)}") from None
 
 
+def as_text(values: dict[str, list[bytes]]) -> dict[str, list[bytes]]:
+    """Return attributes with certificates as base64: the engine handles nothing but text."""
+    for name in values:
+        if name.endswith(";binary"):
+            values[name] = [base64.b64encode(value) for value in values[name]]
+    return values
+
+
 def mailboxes(connection: Any, base: str, about: str = "") -> Iterator[Row]:
-    """Yield all mailboxes, or those that match a filter, units first."""
+    """Yield all mailboxes, or those that match a filter, units first and applications last."""
     for kind, branch in BRANCHES.items():
-        yield from pages(connection, f"{branch},{base}", f"(&(objectClass=hopThuMailbox){about})", READ[kind])
+        wanted = "hopThuApplication" if kind == "application" else "hopThuMailbox"
+        yield from pages(connection, f"{branch},{base}", f"(&(objectClass={wanted}){about})", READ[kind])
 
 
 def tombstones(connection: Any, base: str) -> Iterator[Row]:
@@ -378,7 +392,10 @@ def export(module: AnsibleModule) -> dict[str, Any]:
 
 def encoded(attributes: dict[str, list[str]]) -> list[tuple[str, list[bytes]]]:
     """Return attributes as python-ldap wants them."""
-    return [(name, [value.encode() for value in values]) for name, values in attributes.items()]
+    return [
+        (name, [base64.b64decode(value) if name.endswith(";binary") else value.encode() for value in values])
+        for name, values in attributes.items()
+    ]
 
 
 class Secrets:
@@ -389,13 +406,13 @@ class Secrets:
             value = json.load(file)
         self.key, self.run = bytes.fromhex(value["key"]), value["run"]
 
-    def attributes(self, identity: str) -> dict[str, list[str]]:
-        """Return what gives a mailbox its initial password, which must be changed (LC-11.1, HT-6.1)."""
-        return {
-            "userPassword": [ssha512(initial_password(self.key, identity))],
-            "pwdReset": ["TRUE"],
-            "mailboxSlip": [self.run],
-        }
+    def attributes(self, kind: str, identity: str) -> dict[str, list[str]]:
+        """Return what gives a mailbox its initial password, which must be changed (LC-11.1, HT-6.1).
+
+        An application keeps its own: a machine cannot change it.
+        """
+        found = {"userPassword": [ssha512(initial_password(self.key, identity))], "mailboxSlip": [self.run]}
+        return found if kind == "application" else {**found, "pwdReset": ["TRUE"]}
 
 
 def apply(module: AnsibleModule) -> dict[str, Any]:
@@ -500,7 +517,7 @@ def filling(
         if isinstance(change, Change) and not change.refused:
             texts.append(text(change))
             content = first_entry(change.kind, change.id, change.after or {}, change.refs, now)
-            yield change.dn, {**content, **secrets.attributes(change.id), "pwdChangedTime": [now]}
+            yield change.dn, {**content, **secrets.attributes(change.kind, change.id), "pwdChangedTime": [now]}
     for dn, content in log.chunks(texts):
         yield dn, {name: [value.decode() for value in values] for name, values in content}
 
@@ -582,7 +599,7 @@ def carry_out(connection: Any, steps: list[Step], changes: list[Change], secrets
 
 def send(connection: Any, step: Step, change: Change, secrets: Secrets) -> int:
     """Send one operation; return its message number."""
-    content = {**step.set, **secrets.attributes(change.id)} if step.password else step.set
+    content = {**step.set, **secrets.attributes(change.kind, change.id)} if step.password else step.set
     if "mailboxSessionsSince" in content:
         # Who logs in between plan and change is still let in as before, and so must be ended too.
         content = {**content, "mailboxSessionsSince": [utc()]}

@@ -28,8 +28,8 @@ options:
     default: []
   passwords:
     description:
-      - DN to clear password. A simple bind tells whether the entry has it already; only when it has not,
-        a salted SHA-512 hash is written.
+      - DN to clear password, or to a list of them while one takes the place of another; empty ones do not count.
+      - The entry then takes exactly these, as salted SHA-512 hashes; it is written only when it takes others.
     type: dict
     default: {}
 author: Hộp Thư
@@ -49,8 +49,6 @@ changes:
   returned: always
 """
 
-import base64
-import hashlib
 import io
 import os
 import shutil
@@ -58,7 +56,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
-from ansible.module_utils.hopthu.entries import Change, as_text, changes
+from ansible.module_utils.hopthu.entries import as_text, changes
+from ansible.module_utils.hopthu.passwords import accepted, differences, ssha512
 
 try:
     import ldap
@@ -83,14 +82,11 @@ def parse(text):
     return [(dn, dict(attributes)) for dn, attributes in records.all_records]
 
 
-def connect(bind_dn=None, password=None):
-    """Open ldapi and bind: as root by SASL EXTERNAL, or simply with `bind_dn` and `password`."""
+def connect():
+    """Open ldapi and bind as root by SASL EXTERNAL."""
     connection = ldap.initialize(URI)
     connection.set_option(ldap.OPT_NETWORK_TIMEOUT, 10)
-    if bind_dn is None:
-        connection.sasl_external_bind_s()
-    else:
-        connection.simple_bind_s(bind_dn, password)
+    connection.sasl_external_bind_s()
     return connection
 
 
@@ -138,20 +134,25 @@ def apply(connection, change):
         )
 
 
-def has_password(dn, password):
-    """Tell whether a simple bind with `password` works."""
+def password_differences(connection, dn, words):
+    """Return what `differences` says of an entry, or that all `words` are missing when there is no entry yet."""
     try:
-        connect(dn, password).unbind_s()
-    except ldap.INVALID_CREDENTIALS:
-        return False
-    return True
+        stored = connection.search_s(dn, ldap.SCOPE_BASE, attrlist=["userPassword"])[0][1].get("userPassword", [])
+    except ldap.NO_SUCH_OBJECT:
+        stored = []
+    return differences(stored, words)
 
 
-def ssha512(password):
-    """Return a salted SHA-512 hash in the form that slapd's pw-sha2 module reads."""
-    salt = os.urandom(16)
-    digest = hashlib.sha512(password.encode() + salt).digest()
-    return b"{SSHA512}" + base64.b64encode(digest + salt)
+def set_passwords(connection, dn, words):
+    """Have an entry take exactly `words`; meanwhile, and after a crash, it still takes those that stay.
+
+    ppolicy lets one operation set one password, and counts those that are there already as no matter of its own.
+    """
+    missing, unwanted = password_differences(connection, dn, words)
+    for word in missing:
+        connection.modify_s(dn, [(ldap.MOD_ADD, "userPassword", [ssha512(word).encode()])])
+    if unwanted:
+        connection.modify_s(dn, [(ldap.MOD_DELETE, "userPassword", unwanted)])
 
 
 def ours(wanted):
@@ -199,7 +200,8 @@ def main():
         },
         supports_check_mode=True,
     )
-    text, passwords = module.params["ldif"], module.params["passwords"]
+    text = module.params["ldif"]
+    passwords = {dn: accepted(words) for dn, words in module.params["passwords"].items()}
     if LDAP_MISSING:
         if module.check_mode:
             module.exit_json(changed=True, changes=[], diff={"before": "", "after": text})
@@ -213,7 +215,7 @@ def main():
     try:
         connection = connect_when_up(module)
         todo = [
-            replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn])]})
+            replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn][0]).encode()]})
             if change.action == "add" and change.dn in passwords
             else change
             for change in changes(
@@ -221,12 +223,14 @@ def main():
             )
         ]
         new = {change.dn for change in todo if change.action == "add"}
-        stale = sorted(dn for dn, word in passwords.items() if dn not in new and not has_password(dn, word))
+        stale = sorted(
+            dn for dn, words in passwords.items() if dn not in new and any(password_differences(connection, dn, words))
+        )
         if not module.check_mode:
             for change in todo:
                 apply(connection, change)
-            for dn in stale:
-                apply(connection, Change("modify", dn, {}, {"userPassword": [ssha512(passwords[dn])]}))
+            for dn, words in passwords.items():
+                set_passwords(connection, dn, words)
     except ldap.LDAPError as error:
         detail = error.args[0] if error.args and isinstance(error.args[0], dict) else {"desc": str(error)}
         module.fail_json(msg=f"slapd refused over {URI}: {detail.get('desc', '')} {detail.get('info', '')}".strip())

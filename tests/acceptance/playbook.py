@@ -85,6 +85,18 @@ class Province:
         return Run(process.returncode, output)
 
 
+def run_play(lab: dict[str, Any], folder: Path, play: dict[str, Any], *arguments: str) -> Run:
+    """Run a play of the test's own, made in `folder`, with the lab's inventory and secrets and the kit's wiring."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wiring = folder / "group_vars"
+    if not wiring.exists():
+        wiring.symlink_to(CHECKOUT / "playbooks" / "group_vars")
+    path = folder / "play.yml"
+    path.write_text(yaml.safe_dump([{"gather_facts": False, **play}]), encoding="utf-8")
+    province = Province(lab, folder / "inventory")
+    return province.run(os.path.relpath(path, CHECKOUT / "playbooks"), *arguments)
+
+
 def plan() -> Any:
     """The last plan of playbooks/directory.yml."""
     return json.loads((CHECKOUT / "build" / "plan.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import json
 import poplib
 import re
 import secrets
+import shlex
 import smtplib
 import socket
 import ssl
@@ -33,8 +34,8 @@ from ansible.parsing.vault import VaultLib, VaultSecret
 from imapclient import IMAPClient
 from testinfra.host import Host
 
-# A correspondent's address; its domain can never exist (RFC 2606).
-OUTSIDER = "nguoidan@ben-ngoai.example"
+# A correspondent's address; its domain can never exist (RFC 2606) and so says nothing about who may send for it.
+OUTSIDER = "nguoidan@chua-khai-bao.example"
 TIMEOUT = 20
 T = TypeVar("T")
 
@@ -75,9 +76,10 @@ class Service:
         self.address: str = lab["service_address"]
         self.units: dict[str, str] = json.loads(Path(lab["credentials_file"]).read_text(encoding="utf-8"))
         self._admin_password = Path(lab["ldap"]["password_file"]).read_text(encoding="utf-8")
-        self._ssh_config = Path(lab["ssh_private_key"]).parent / "config"
+        self.ssh_config = Path(lab["ssh_private_key"]).parent / "config"
         self._build = Path(lab["inventory"]).parents[1]
         self.province: str = lab["province"]
+        self.outside: dict[str, Any] = lab["outside"]
 
     def in_group(self, group: str) -> list[str]:
         """Names of the hosts in a group, in the order of the inventory."""
@@ -86,7 +88,7 @@ class Service:
     @functools.cache  # noqa: B019 - one Service lives as long as the run
     def inside(self, host: str) -> Host:
         """The inside of a host, over SSH."""
-        return testinfra.get_host(f"ssh://{host}", ssh_config=str(self._ssh_config))
+        return testinfra.get_host(f"ssh://{host}", ssh_config=str(self.ssh_config))
 
     def run(self, host: str, command: str) -> str:
         """Output of a command on a host; the test fails when the command does."""
@@ -110,7 +112,7 @@ class Service:
     @contextmanager
     def smtp(self, address: str, port: int = 25, tls: bool = True) -> Iterator[smtplib.SMTP]:
         """A greeted SMTP session; on 465 under TLS from the start, elsewhere after STARTTLS unless told not to."""
-        name = "thu.ben-ngoai.example"
+        name = "thu.chua-khai-bao.example"
         smtp: smtplib.SMTP
         if port == 465:
             smtp = smtplib.SMTP_SSL(address, port, local_hostname=name, timeout=TIMEOUT, context=self.trust)
@@ -132,6 +134,35 @@ class Service:
         with self.smtp(address) as smtp:
             smtp.sendmail(sender, [recipient], data, mail_options=["BODY=8BITMIME"])
         return message_id(data)
+
+    def from_outside(self, message: EmailMessage | bytes, recipient: str, address: str, sender: str) -> tuple[int, str]:
+        """Hand a message in on port 25 from the host `outside`, whose address its domain names; the last answer."""
+        data = message if isinstance(message, bytes) else message.as_bytes()
+        script = (
+            "import base64, json, smtplib, sys; go = json.load(sys.stdin)\n"
+            "with smtplib.SMTP(go['to'], 25, local_hostname=go['name'], timeout=60) as smtp:\n"
+            "    smtp.starttls(); smtp.ehlo(); answer = smtp.mail(go['sender'])\n"
+            "    answer = smtp.rcpt(go['recipient']) if answer[0] == 250 else answer\n"
+            "    answer = smtp.data(base64.b64decode(go['data'])) if answer[0] == 250 else answer\n"
+            "    print(json.dumps([answer[0], answer[1].decode(errors='replace')]))\n"
+        )
+        go = {"to": address, "name": self.outside["name"], "sender": sender, "recipient": recipient}
+        go["data"] = base64.b64encode(data).decode()
+        with self.python("outside", script) as process:
+            output, _ = process.communicate(json.dumps(go))
+        code, text = json.loads(output)
+        return int(code), str(text)
+
+    @contextmanager
+    def python(self, host: str, script: str) -> Iterator[subprocess.Popen[str]]:
+        """A Python program on a host, with pipes to talk to it; it ends with the block."""
+        command = ["ssh", "-F", str(self.ssh_config), host, "python3 -c " + shlex.quote(script)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     # --- LDAP
 
@@ -210,7 +241,7 @@ class Service:
     def reachable(self, host: str) -> bool:
         """Whether root can log in over SSH. Not a bare connection: sshd shuts out who knocks often and goes away."""
         try:
-            subprocess.run(["ssh", "-F", self._ssh_config, host, "true"], capture_output=True, check=True, timeout=2)
+            subprocess.run(["ssh", "-F", self.ssh_config, host, "true"], capture_output=True, check=True, timeout=2)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
             return False
         return True

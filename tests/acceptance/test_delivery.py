@@ -186,7 +186,7 @@ def test_users_own_filter_files_mail(service: Service, mailbox: Mailbox, address
 
 def test_filter_cannot_forward_to_the_outside(service: Service, mailbox: Mailbox, address: str) -> None:
     """The mail stays in the mailbox, and nothing is sent on."""
-    outside = mailbox.address.replace(f"@{service.domain}", "@ben-ngoai.example")
+    outside = mailbox.address.replace(f"@{service.domain}", "@noi-khac.example")
     store = service.in_group("mailstore")[0]
     started = float(service.run(store, "date +%s.%N"))
     with ManageSieve(service, address) as sieve:

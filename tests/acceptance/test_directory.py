@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ldap3
 import pytest
@@ -85,118 +88,186 @@ def test_weak_and_used_passwords_are_refused(service: Service, mailbox: Mailbox)
 
 # --- who may do what
 
-# Entries: own and other are unit mailboxes, policy the password policy, service another daemon's identity.
-# Attributes read by searching for the entry with them, written by replacing their value.
-ACCESS = [
-    # identity, entry, attribute, may read, may write
-    ("anonymous", "own", "mail", False, False),
-    ("anonymous", "own", "userPassword", False, False),
-    ("anonymous", "own", "cn", False, False),
-    ("unit", "own", "mail", True, False),
-    ("unit", "own", "mailboxState", True, False),
-    ("unit", "own", "mailboxQuota", True, False),
-    ("unit", "own", "mailLocalAddress", True, False),
-    ("unit", "own", "ou", True, False),
-    ("unit", "own", "businessCategory", True, False),
-    ("unit", "own", "userPassword", False, True),
-    ("unit", "own", "pwdReset", False, False),
-    ("unit", "other", "mail", True, False),
-    ("unit", "other", "ou", True, False),
-    ("unit", "other", "mailboxQuota", False, False),
-    ("unit", "other", "businessCategory", False, False),
-    ("unit", "other", "userPassword", False, False),
-    ("unit", "other", "pwdReset", False, False),
-    ("unit", "policy", "pwdMinLength", False, False),
-    ("unit", "service", "userPassword", False, False),
-    ("postfix", "own", "mail", True, False),
-    ("postfix", "own", "mailLocalAddress", True, False),
-    ("postfix", "own", "mailboxState", True, False),
-    ("postfix", "own", "mailboxQuota", False, False),
-    ("postfix", "own", "uid", False, False),
-    ("postfix", "own", "ou", False, False),
-    ("postfix", "own", "userPassword", False, False),
-    ("postfix", "service", "userPassword", False, False),
-    ("dovecot", "own", "mail", True, False),
-    ("dovecot", "own", "uid", True, False),
-    ("dovecot", "own", "mailboxQuota", True, False),
-    ("dovecot", "own", "mailLocalAddress", False, False),
-    ("dovecot", "own", "ou", True, False),
-    ("dovecot", "own", "userPassword", False, False),
-    ("dovecot", "own", "pwdReset", False, False),
-    ("loader", "own", "mailLocalAddress", True, True),
-    ("loader", "own", "mailboxState", True, True),
-    ("loader", "own", "mailboxQuota", True, True),
-    ("loader", "own", "ou", True, True),
-    ("loader", "own", "userPassword", True, True),
-    ("loader", "policy", "pwdMinLength", False, False),
-    ("loader", "service", "userPassword", False, False),
-    ("loader", "audit", "reqDN", False, False),
-    ("unit", "audit", "reqDN", False, False),
-    ("dovecot", "audit", "reqDN", False, False),
-]
-# Values that leave the tree usable; every other attribute gets back a text.
-VALUES = {"mailboxState": "active", "mailboxQuota": "1073741824", "pwdReset": "FALSE", "pwdMinLength": "1"}
+DAEMONS = ("postfix", "dovecot", "guard", "auditor", "loader")
+IDENTITIES = ("anonymous", "unit", "person", "head", "application", *DAEMONS, "admin")
+# What stands in an entry, and so what somebody might read or write there.
+PUBLIC = {"objectClass", "uid", "mail", "mailLocalAddress", "mailboxState", "mailboxClass", "userCertificate;binary"}
+OWN = {"mailboxQuota", "businessCategory", "mailboxInternal", "mailboxGrounds", "mailboxDigest"}
+CLOSED = {"userPassword", "pwdReset", "pwdAccountLockedTime"}
+HELD = {
+    "unit": PUBLIC | OWN | CLOSED | {"ou", "mailboxHead", "mailboxAgent"},
+    "person": PUBLIC | OWN | CLOSED | {"cn", "sn", "givenName", "title", "departmentNumber", "mailboxActsFor"},
+    "application": {"objectClass", "uid", "cn", "mail", "mailboxState", "mailboxClass", "departmentNumber"}
+    | {"applicationHost", "applicationSender", "mailboxGrounds", "userPassword"},
+    "service": {"cn", "userPassword"},
+    "policy": {"cn", "pwdMinLength"},
+    "directory": {"directorySerial"},
+    "audit": {"reqDN", "reqMod"},
+}
+BOOK = {"unit": PUBLIC | {"ou"}, "person": PUBLIC | {"cn", "sn", "givenName", "title", "departmentNumber"}}
+"""The address book: what everybody who logs in reads of everybody."""
+ROUTE = {"objectClass", "mail", "mailLocalAddress", "mailboxState", "mailboxClass", "mailboxInternal"}
+STORE = {"objectClass", "uid", "mail", "mailboxState", "mailboxClass", "mailboxQuota"}
+# identity → entry → what it may read; entries that are not named: nothing. `self` is the identity's own entry.
+READ: dict[str, dict[str, set[str]]] = {
+    "unit": {**BOOK, "self": HELD["unit"] - CLOSED},
+    "person": {**BOOK, "self": HELD["person"] - CLOSED},
+    "head": BOOK,
+    "postfix": {
+        "unit": ROUTE | {"mailboxAgent"},
+        "person": ROUTE,
+        "application": {"objectClass", "mail", "mailboxState"},
+    },
+    "dovecot": {
+        "unit": STORE | {"ou", "mailboxHead"},
+        "person": STORE | {"cn", "mailboxActsFor"},
+        "application": {"objectClass", "mail", "mailboxState", "applicationHost"},
+    },
+    "guard": {kind: {"objectClass", "uid", "mail", "pwdAccountLockedTime"} for kind in ("unit", "person")},
+    "loader": {**{kind: HELD[kind] for kind in ("unit", "person", "application")}, "directory": HELD["directory"]},
+    "admin": HELD,
+}
+# The same for writing. The guard only deletes.
+WRITE: dict[str, dict[str, set[str]]] = {
+    "unit": {"self": {"userPassword"}},
+    "person": {"self": {"userPassword"}},
+    "loader": {**{kind: HELD[kind] for kind in ("unit", "person", "application")}, "directory": HELD["directory"]},
+    "admin": {kind: names for kind, names in HELD.items() if kind != "audit"},
+}
+
+
+@dataclass
+class Cast:
+    """Entries with every attribute, and who logs in as whom."""
+
+    entries: dict[str, str]
+    logins: dict[str, tuple[str | None, str | None]]
+
+
+@pytest.fixture(scope="module")
+def cast(service: Service) -> Iterator[Cast]:
+    """A unit with its head, a person, an application; and a unit and a person that log in and are somebody else."""
+    tag, word = secrets.token_hex(5), password()
+    certificate = ssl.PEM_cert_to_DER_cert(Path(service.ca_file).read_text(encoding="utf-8"))
+    common = {"mailboxState": "active", "mailboxQuota": 1 << 30, "businessCategory": "administrative"}
+    common |= {"mailboxInternal": "TRUE", "mailboxGrounds": "request_ref 1", "mailboxDigest": "0"}
+    common |= {"userCertificate;binary": certificate, "pwdReset": "FALSE", "pwdAccountLockedTime": "20200101000000Z"}
+    mailbox = ["hopThuMailbox", "inetLocalMailRecipient"]
+    entries: dict[str, str] = {}
+    added = []
+    with service.ldap_admin() as admin:
+        for name in ("unit", "other-unit", "person", "head", "other-person", "application"):
+            kind = name.rpartition("-")[2].replace("head", "person")
+            uid = f"thu-{name}-{tag}"
+            content = {"uid": uid, "mail": f"{uid}@{service.domain}", "mailboxClass": kind, "userPassword": word}
+            if kind == "application":
+                classes = ["hopThuApplication"]
+                content |= {"cn": uid, "mailboxState": "active", "departmentNumber": tag, "mailboxGrounds": "x 1"}
+                content |= {"applicationHost": "192.0.2.1", "applicationSender": f"{uid}@{service.domain}"}
+                content["pwdPolicySubentry"] = f"cn=services,ou=policies,{service.base}"
+            elif kind == "unit":
+                classes = ["organizationalUnit", *mailbox]
+                content |= {**common, "ou": uid, "mailLocalAddress": f"{uid}.a@{service.domain}"}
+                content |= {"mailboxHead": f"thu-head-{tag}", "mailboxAgent": f"thu-head-{tag}@{service.domain}"}
+            else:
+                classes = ["inetOrgPerson", *mailbox]
+                content |= {**common, "cn": uid, "sn": "Lê", "givenName": "An", "title": "x", "departmentNumber": tag}
+                content |= {"mailLocalAddress": f"{uid}.a@{service.domain}", "mailboxActsFor": f"thu-unit-{tag}"}
+            branch = {"unit": "units", "person": "people", "application": "applications"}[kind]
+            entries[name] = f"uid={uid},ou={branch},{service.base}"
+            # An account that has to log in is not locked.
+            lock = {} if name in ("unit", "person") else {"pwdAccountLockedTime"}
+            admin.add(entries[name], classes, {key: value for key, value in content.items() if key not in lock})
+            added.append(entries[name])
+    targets = {"unit": entries["unit"], "person": entries["person"], "application": entries["application"]}
+    targets |= {"service": f"cn=auditor,ou=services,{service.base}", "audit": "cn=accesslog"}
+    targets |= {"policy": f"cn=default,ou=policies,{service.base}", "directory": f"cn=directory,{service.base}"}
+    logins: dict[str, tuple[str | None, str | None]] = {"anonymous": (None, None)}
+    logins |= {"unit": (entries["other-unit"], word), "person": (entries["other-person"], word)}
+    logins |= {"head": (entries["head"], word), "application": (entries["application"], word)}
+    for name in DAEMONS:
+        logins[name] = (f"cn={name},ou=services,{service.base}", service.secrets[f"vault_openldap_{name}_password"])
+    logins["admin"] = (service.admin_dn, service.secrets["vault_openldap_admin_password"])
+    try:
+        yield Cast(targets, logins)
+    finally:
+        with service.ldap_admin() as admin:
+            for dn in added:
+                admin.delete(dn)
+
+
+def held(service: Service, dn: str, kind: str) -> dict[str, list[bytes]]:
+    """The values of an entry (of the audit log: of one of its entries), as the administrator reads them."""
+    with service.ldap_admin() as admin:
+        scope = ldap3.LEVEL if kind == "audit" else ldap3.BASE
+        admin.search(dn, "(objectClass=*)", scope, attributes=["*", "+"])
+        found: dict[str, list[bytes]] = dict(admin.entries[-1].entry_raw_attributes)
+        return found
+
+
+@pytest.mark.parametrize("entry", HELD)
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_access_to_the_directory(service: Service, cast: Cast, identity: str, entry: str) -> None:
+    """Each identity reads and writes, attribute by attribute, exactly what the tables above name."""
+    own = identity in ("unit", "person") and entry == identity
+    _look(service, cast, identity, entry, cast.entries[entry], entry)
+    if own:
+        _look(service, cast, identity, entry, str(cast.logins[identity][0]), "self")
+
+
+def _look(service: Service, cast: Cast, identity: str, kind: str, dn: str, entry: str) -> None:
+    """Compare what an identity may do at an entry with the tables."""
+    values = {} if kind == "audit" else held(service, dn, kind)
+    readable, writable, answers = set(), set(), {}
+    with service.ldap(*cast.logins[identity]) as connection:
+        assert connection.bound, connection.result
+        for name in HELD[kind]:
+            scope = ldap3.LEVEL if kind == "audit" else ldap3.BASE
+            connection.search(dn, "(objectClass=*)", scope, attributes=[name], size_limit=5)
+            if any(found.entry_raw_attributes.get(name) for found in connection.entries):
+                readable.add(name)
+        for name in HELD[kind]:
+            # The value that it has, so that who may write it changes nothing; or else one that fits. A new password
+            # where nobody needs the old one, and where it must not come to that.
+            value: list[Any] = values.get(name, ["20200101000000Z" if name == "pwdAccountLockedTime" else dn])
+            if name == "userPassword" and (kind in BOOK or identity not in ("admin", "loader")):
+                value = [password()]
+            connection.modify(dn, {name: [(ldap3.MODIFY_REPLACE, value)]})
+            answers[name] = connection.result
+            if connection.result["result"] == 0:
+                writable.add(name)
+                if entry == "self":
+                    cast.logins[identity] = (dn, value[0])
+    present = {name for name in HELD[kind] if name in values} if values else HELD[kind]
+    assert readable == READ.get(identity, {}).get(entry, set()) & present
+    assert writable == WRITE.get(identity, {}).get(entry, set()), answers
+
+
+def test_the_guard_ends_a_lock_and_makes_none(service: Service, mailbox: Mailbox) -> None:
+    """It deletes what locks an account, and can neither set it nor touch anything else."""
+    service.modify(mailbox.dn, pwdAccountLockedTime="000001010000Z")
+    with service.ldap(mailbox.dn, mailbox.password) as connection:
+        assert not connection.bound
+    dn = f"cn=guard,ou=services,{service.base}"
+    with service.ldap(dn, service.secrets["vault_openldap_guard_password"]) as guard:
+        guard.search(f"ou=units,{service.base}", "(pwdAccountLockedTime=*)", attributes=["mail"])
+        assert mailbox.address in [entry.mail.value for entry in guard.entries]
+        assert guard.modify(mailbox.dn, {"pwdAccountLockedTime": [(ldap3.MODIFY_DELETE, [])]}), guard.result
+        for name, value in (("pwdAccountLockedTime", "000001010000Z"), ("mailboxState", "suspended")):
+            assert not guard.modify(mailbox.dn, {name: [(ldap3.MODIFY_ADD, [value])]})
+            assert guard.result["result"] == 50, guard.result
+    with service.ldap(mailbox.dn, mailbox.password) as connection:
+        assert connection.bound
 
 
 @pytest.fixture(scope="module")
 def pair(service: Service) -> Iterator[tuple[Mailbox, Mailbox]]:
-    """Two unit mailboxes with all their attributes."""
+    """Two unit mailboxes."""
     with ExitStack() as stack:
-        yield tuple(
-            stack.enter_context(
-                service.new_mailbox(
-                    mailLocalAddress=f"thu-{secrets.token_hex(5)}@{service.domain}",
-                    businessCategory="administrative",
-                    pwdReset="FALSE",
-                )
-            )
-            for _ in range(2)
-        )
+        yield (stack.enter_context(service.new_mailbox()), stack.enter_context(service.new_mailbox()))
 
 
-@pytest.mark.parametrize(("identity", "entry", "attribute", "may_read", "may_write"), ACCESS)
-def test_access_to_the_directory(
-    service: Service,
-    pair: tuple[Mailbox, Mailbox],
-    identity: str,
-    entry: str,
-    attribute: str,
-    may_read: bool,
-    may_write: bool,
-) -> None:
-    own, other = pair
-    targets = {
-        "own": own.dn,
-        "other": other.dn,
-        "policy": f"cn=default,ou=policies,{service.base}",
-        "service": f"cn={'postfix' if identity != 'postfix' else 'dovecot'},ou=services,{service.base}",
-        "audit": "cn=accesslog",
-    }
-    if identity == "anonymous":
-        credentials: tuple[str | None, str | None] = (None, None)
-    elif identity == "unit":
-        credentials = (own.dn, own.password)
-    else:
-        dn = f"cn={identity},ou=services,{service.base}"
-        credentials = (dn, service.secrets[f"vault_openldap_{identity}_password"])
-    value = VALUES.get(attribute, f"thu-{secrets.token_hex(5)}@{service.domain}")
-    if attribute == "userPassword":
-        value = password()
-
-    with service.ldap(*credentials) as connection:
-        assert connection.bound
-        scope = ldap3.SUBTREE if entry == "audit" else ldap3.BASE
-        connection.search(targets[entry], "(objectClass=*)", scope, attributes=[attribute], size_limit=5)
-        read = any(found.entry_raw_attributes.get(attribute) for found in connection.entries)
-        connection.modify(targets[entry], {attribute: [(ldap3.MODIFY_REPLACE, [value])]})
-        written = connection.result["result"] == 0
-    if attribute == "userPassword" and written:
-        service.modify(own.dn, userPassword=own.password)
-        service.modify(own.dn, pwdReset="FALSE")
-    assert (read, written) == (may_read, may_write), connection.result
-
-
-@pytest.mark.parametrize("identity", ["unit", "postfix", "dovecot"])
+@pytest.mark.parametrize("identity", ["unit", "postfix", "dovecot", "guard", "auditor"])
 def test_only_the_loader_adds_and_removes(service: Service, pair: tuple[Mailbox, Mailbox], identity: str) -> None:
     own, other = pair
     dn = own.dn if identity == "unit" else f"cn={identity},ou=services,{service.base}"

@@ -44,8 +44,9 @@ def province(
             host,
             f"systemctl stop hopthu-scratch 2>/dev/null; rm -rf {FOLDER} && mkdir -p {FOLDER}/conf {FOLDER}/mail"
             f" {FOLDER}/accesslog && slapcat -n0 -o ldif-wrap=no | sed {suffix} {paths} | {add} -n0 -l /dev/stdin &&"
-            f" slapcat -n2 -o ldif-wrap=no -H 'ldap:///???(!(|(objectClass=hopThuMailbox)(objectClass=hopThuReleased)"
-            f"(objectClass=hopThuDecision)))' | sed {suffix} | {add} -n2 -l /dev/stdin && chown -R openldap {FOLDER} &&"
+            f" slapcat -n2 -o ldif-wrap=no -H 'ldap:///???(!(|(objectClass=hopThuMailbox)(objectClass=hopThuApplication)"
+            f"(objectClass=hopThuReleased)(objectClass=hopThuDecision)))' | sed {suffix} |"
+            f" {add} -n2 -l /dev/stdin && chown -R openldap {FOLDER} &&"
             f" systemd-run --quiet --collect --unit=hopthu-scratch slapd -d0 -u openldap -g openldap -F {FOLDER}/conf"
             f" -h {SOCKET} &&"
             f" timeout 10 sh -c 'until ldapwhoami -QY EXTERNAL -H {SOCKET}; do sleep .1; done'",

@@ -65,10 +65,24 @@ def test_unknown_recipient_gets_550_at_rcpt(service: Service, mx: str) -> None:
 
 def test_mail_exchanger_relays_for_nobody(service: Service, mx: str) -> None:
     with service.smtp(mx) as smtp:
-        for sender in (OUTSIDER, f"ubnd@{service.domain}"):
+        for sender, code in ((OUTSIDER, 554), ("", 554), (f"ubnd@{service.domain}", 550)):
             smtp.mail(sender)
-            assert smtp.rcpt("ai@noi-khac.example")[0] == 554
+            assert smtp.rcpt("ai@noi-khac.example")[0] == code
             assert smtp.rcpt(f'"ai@noi-khac.example"@{service.domain}')[0] in (501, 550, 553, 554)
+            smtp.rset()
+
+
+@pytest.mark.requirement(*OWN_ADDRESS_ONLY)
+def test_nobody_outside_sends_under_an_address_of_ours(service: Service, mx: str) -> None:
+    """One that exists, one that does not, in capitals, with a detail, and under an alias domain."""
+    recipient = service.unit("sonoivu").address
+    domains = service.run(service.in_group("mx")[0], "postconf -h virtual_mailbox_domains").replace(",", " ").split()
+    senders = [f"{name}@{domain}" for domain in domains for name in ("ubnd", "UBND", "khongcoai", "ubnd+a")]
+    with service.smtp(mx) as smtp:
+        for sender in [*senders, f"ubnd@{service.domain.upper()}"]:
+            smtp.mail(sender)
+            code, text = smtp.rcpt(recipient)
+            assert (code, text[:5]) == (550, b"5.7.1"), (sender, text)
             smtp.rset()
 
 

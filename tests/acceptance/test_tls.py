@@ -4,9 +4,28 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from service import TIMEOUT, Service, accepts
+from sslyze import (
+    CertificateInfoExtraArgument,
+    ProtocolWithOpportunisticTlsEnum,
+    ScanCommandsExtraArguments,
+    Scanner,
+    ServerNetworkConfiguration,
+    ServerNetworkLocation,
+    ServerScanRequest,
+    ServerScanResult,
+)
+from sslyze.mozilla_tls_profile.tls_config_checker import (
+    SCAN_COMMANDS_NEEDED_BY_MOZILLA_CHECKER,
+    MozillaTlsConfiguration,
+    ServerNotCompliantWithTlsConfiguration,
+    TlsConfigurationEnum,
+    check_server_against_tls_configuration,
+)
 
 # Port → what a client says before TLS begins, and how the answer to it ends; nothing where TLS comes first.
 PLAIN_START = {
@@ -19,6 +38,20 @@ PLAIN_START = {
     636: [],
     993: [],
     995: [],
+}
+# Port → the function of a host that answers there, and the protocol that begins in the clear. ManageSieve (4190) is not
+# among those that sslyze speaks: the tests above have its versions and certificate, and it is Dovecot as 993 is.
+PROFILED = {
+    25: ("mx", ProtocolWithOpportunisticTlsEnum.SMTP),
+    587: ("mailstore", ProtocolWithOpportunisticTlsEnum.SMTP),
+    465: ("mailstore", None),
+    110: ("mailstore", ProtocolWithOpportunisticTlsEnum.POP3),
+    143: ("mailstore", ProtocolWithOpportunisticTlsEnum.IMAP),
+    993: ("mailstore", None),
+    995: ("mailstore", None),
+    636: ("directory", None),
+    6514: ("monitor", None),
+    11334: ("mailstore", None),
 }
 
 
@@ -74,3 +107,43 @@ def test_directory_speaks_tls_only(service: Service, address: str) -> None:
     listening = service.run(directory, "ss -Hltn 'sport = :389 or sport = :636'")
     assert ":636" in listening
     assert ":389" not in listening
+
+
+@pytest.fixture(scope="module")
+def profiled(service: Service) -> Iterator[dict[int, ServerScanResult]]:
+    """What sslyze finds on each port of PROFILED; all are scanned at a time, for each takes half a minute."""
+    requests, ports = [], {}
+    for port, (group, protocol) in PROFILED.items():
+        host = service.in_group(group)[0]
+        name = f"{host}.{service.domain}"
+        requests.append(
+            ServerScanRequest(
+                server_location=ServerNetworkLocation(name, port, ip_address=service.hosts[host]["addresses"]["v4"]),
+                network_configuration=ServerNetworkConfiguration(name, protocol, network_timeout=TIMEOUT),
+                scan_commands=SCAN_COMMANDS_NEEDED_BY_MOZILLA_CHECKER,
+                scan_commands_extra_arguments=ScanCommandsExtraArguments(
+                    certificate_info=CertificateInfoExtraArgument(Path(service.ca_file))
+                ),
+            )
+        )
+        ports[requests[-1].uuid] = port
+    logs = service.in_group("monitor")[0]
+    # Open to the province's hosts alone; this machine is none of them.
+    service.run(logs, "nft insert rule inet filter input tcp dport 6514 accept")
+    try:
+        scanner = Scanner(per_server_concurrent_connections_limit=2)
+        scanner.queue_scans(requests)
+        yield {ports[result.uuid]: result for result in scanner.get_results()}
+    finally:
+        service.run(logs, "nft -f /etc/nftables.conf")
+
+
+@pytest.mark.requirement("N-TT39-4.2")
+@pytest.mark.parametrize("port", PROFILED)
+def test_tls_is_that_of_mozillas_intermediate_profile(profiled: dict[int, ServerScanResult], port: int) -> None:
+    """Versions, ciphers, curves, certificate and the known holes, by a scanner that is not ours."""
+    profile = MozillaTlsConfiguration.get(TlsConfigurationEnum.MOZILLA_INTERMEDIATE)
+    try:
+        check_server_against_tls_configuration(profiled[port], profile)
+    except ServerNotCompliantWithTlsConfiguration as found:
+        pytest.fail(f"port {port}: {found.issues}")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hopthu.plan import Change, Plan, make_plan, read_plan
-from hopthu.steps import Step, first_entry
+from hopthu.steps import BRANCHES, Step, first_entry
 
 BASE = "dc=daklak,dc=gov,dc=vn"
 DOMAIN = "daklak.gov.vn"
@@ -30,6 +30,15 @@ def person(
     """A line of desired.jsonl for a person."""
     values = {"cn": "Lê An", "sn": "Lê", "mailboxState": "active", "mailboxClass": "person", **attributes}
     return _line("person", identity, local_part, aliases, values, refs)
+
+
+def application(
+    identity: str, *own: str, senders: Sequence[str] = (), refs: dict[str, str] | None = None, **attributes: Any
+) -> Line:
+    """A line of desired.jsonl for an application that sends as its `own` addresses and as `senders`."""
+    values = {"cn": f"Hệ thống {identity}", "mailboxState": "active", "mailboxClass": "application"}
+    values |= {"applicationHost": ["192.0.2.1"], "applicationSender": sorted(map(_address, (*own, *senders)))}
+    return _line("application", identity, identity, own, {**values, **attributes}, refs)
 
 
 def _line(
@@ -69,11 +78,15 @@ class Tree:
         header = {"policy": self.policy}
         desired = [json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() for line in [header, *ordered]]
         rows = {"base": BASE, "loader": LOADER, "now": self.now, "removals": 1000, **options}
-        plan = make_plan(desired, self.rows("ou=units") + self.rows("ou=people"), self.rows("ou=released"), **rows)
+        plan = make_plan(desired, self.mailboxes(), self.rows("ou=released"), **rows)
         top, rest = read_plan(plan.lines())
         parsed = list(rest)
         changes = [row for row in parsed if isinstance(row, Change)]
         return Plan(top, changes, [row for row in parsed if isinstance(row, Step)])
+
+    def mailboxes(self) -> list[tuple[str, dict[str, list[bytes]]]]:
+        """The entries of all mailboxes, in the order in which the module reads them."""
+        return [row for branch in BRANCHES.values() for row in self.rows(branch)]
 
     def rows(self, branch: str) -> list[tuple[str, dict[str, list[bytes]]]]:
         """The entries below a branch as python-ldap gives them."""

@@ -6,7 +6,7 @@ import copy
 import random
 from typing import Any
 
-from directory_model import DOMAIN, Line, Tree, any_order, delegate, person, unit, words
+from directory_model import DOMAIN, Line, Tree, any_order, application, delegate, person, unit, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ REFS = ["D1", "D2", "D3"]
 
 @st.composite
 def files(draw: st.DrawFn) -> list[Line]:
-    """Up to 4 units and 5 people that share out 9 local parts, as the reader would pass them."""
+    """Up to 4 units, 5 people and 2 applications that share out 9 local parts, as the reader would pass them."""
     free = list(draw(st.permutations(LOCALS)))
 
     def take() -> list[str]:
@@ -58,6 +58,13 @@ def files(draw: st.DrawFn) -> list[Line]:
         line = unit(f"u{number}", *take(), refs=refs(), **more)
         taken.append(line["i"])
         lines.append(line)
+    for number in sorted(draw(st.sets(st.integers(0, 1)))):
+        senders = [line["a"]["mail"][0] for line in lines[:1]]
+        more = {"mailboxState": draw(st.sampled_from(["active", "suspended", "left"]))}
+        if units:
+            more["departmentNumber"] = f"u{draw(st.sampled_from(units))}"
+        own = [free.pop()] if free and draw(st.booleans()) else []
+        lines.append(application(f"s{number}", *own, senders=senders, refs=refs(), **more))
     for line in lines:  # a unit for which no address was left is not in the files
         for name in ("departmentNumber", "mailboxSuccessor"):
             if line["a"].get(name, [""])[0] not in taken:

@@ -16,7 +16,7 @@ from referencing import Registry, Resource
 
 from hopthu.files import Problem, Record
 from hopthu.names import NameRefused, check_local_part, legacy_encoding
-from hopthu.schema import FOLDER, Fields, person_fields, policy_fields, unit_fields
+from hopthu.schema import FOLDER, Fields, application_fields, person_fields, policy_fields, unit_fields
 
 INVENTORIES = FOLDER.parent
 DOCUMENTS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
@@ -36,6 +36,7 @@ RECORDS = {
     "policy": (policy_fields(), DOCUMENTS["policy.schema.json"]),
     "units": (unit_fields(), {"$ref": "units.schema.json#/properties/mail_units/items"}),
     "people": (person_fields(), {"$ref": "people.schema.json#/properties/mail_people/items"}),
+    "applications": (application_fields(), {"$ref": "applications.schema.json#/properties/mail_applications/items"}),
 }
 
 
@@ -101,6 +102,7 @@ BASE: dict[str, dict[str, Any]] = {
     "policy": GOOD_POLICY,
     "units": {"id": "u1", "name": "Sở"},
     "people": {"id": "p1", "ho": "Lê", "ten": "An"},
+    "applications": {"id": "a1", "name": "Một cửa", "unit": "u1", "addresses": ["a1"], "hosts": ["192.0.2.1"]},
 }
 CORPUS: list[tuple[str, dict[str, Any], bool]] = [
     ("people", {}, True),
@@ -139,6 +141,24 @@ CORPUS: list[tuple[str, dict[str, Any], bool]] = [
     ("units", {"delegates": [{"person": "p1", "rôle": "x"}]}, False),
     ("units", {"delegates": ["p1"]}, False),
     ("units", {"state": "legacy", "successor": "u2"}, True),
+    ("units", {"internal": True}, True),
+    ("units", {"internal": "yes"}, False),
+    ("people", {"certificate": "certificates/an.pem"}, True),
+    ("people", {"certificate": ["an.pem", "certificates/an-2.pem"]}, True),
+    ("people", {"certificate": "../an.pem"}, False),
+    ("people", {"certificate": "/etc/an.pem"}, False),
+    ("people", {"certificate": 1}, False),
+    ("applications", {}, True),
+    ("applications", {"id": "Qlvb"}, False),
+    ("applications", {"addresses": []}, False),
+    ("applications", {"addresses": None}, False),
+    ("applications", {"hosts": []}, False),
+    ("applications", {"hosts": ["10.0.0.0/8", "2001:db8::/32"]}, True),
+    ("applications", {"hosts": ["mail.gov.vn"]}, False),
+    ("applications", {"hosts": "192.0.2.1"}, False),
+    ("applications", {"state": "legacy"}, False),
+    ("applications", {"quota": "1G"}, False),
+    ("policy", {"required_refs": {"connect": ["request_ref"]}}, True),
     ("policy", {"removal_limit": 1}, True),
     ("policy", {"removal_limit": 1.01}, False),
     ("policy", {"removal_limit": True}, False),

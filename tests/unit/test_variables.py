@@ -12,6 +12,7 @@ CHECKOUT = Path(__file__).parents[2]
 KNOWN = Specification(
     hosts=frozenset({"host_addresses"}),
     inventory=frozenset({"mail_service_addresses"}),
+    optional=frozenset({"mail_never_banned"}),
     secrets={"vault_x_password": "Password of x."},
     roles=frozenset({"postfix_message_size_limit", "postfix_domains"}),
     wired=frozenset({"postfix_domains"}),
@@ -35,7 +36,8 @@ def inventory(folder: Path, hosts: str = HOSTS, variables: str = "") -> Path:
 
 
 def test_a_sound_inventory_has_no_problems(tmp_path: Path) -> None:
-    assert inventory_problems(inventory(tmp_path, variables="postfix_message_size_limit: 1\n"), KNOWN) == []
+    variables = "postfix_message_size_limit: 1\nmail_never_banned: []\n"
+    assert inventory_problems(inventory(tmp_path, variables=variables), KNOWN) == []
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,8 @@ class _Clash:
 
 
 class Claims:
-    """Who has which id and address: unique over units, people, aliases, reserved names and domains (DL-4, CT-4)."""
+    """Who has which id and address: unique over units, people, applications, aliases, reserved names and domains
+    (DL-4, CT-4). `units` and `people` are the numbers of the first that is no unit, and no person."""
 
     def __init__(self, policy: Policy, problems: list[Problem]) -> None:
         self.policy = policy
@@ -209,6 +210,7 @@ class Claims:
         self.known: dict[str, int] = {}
         self.files: list[tuple[int, str]] = []
         self.units = 0
+        self.people = 0
         self.owners: dict[str, int] = {}
         self.clashes: list[_Clash] = []
 
@@ -235,7 +237,16 @@ class Claims:
     def person(self, identity: str) -> bool:
         """Tell whether a person has exactly this id."""
         number = self.known.get(identity.lower(), -1) >> _LINE_BITS
-        return number >= self.units and self.ids[number] == identity
+        return self.units <= number < self.people and self.ids[number] == identity
+
+    def holder(self, address: str) -> str | None:
+        """Return the id of the mailbox that has an address."""
+        place = self.owners.get(address)
+        return None if place is None else self.ids[place >> _LINE_BITS]
+
+    def of_application(self, address: str) -> bool:
+        """Tell whether an application has an address. Asked when all people are known."""
+        return self.owners.get(address, -1) >> _LINE_BITS >= self.people
 
     def full(self, text: str, record: Record, name: str) -> str:
         """Complete a local part with the main domain; return "" after noting a fault."""
@@ -279,9 +290,9 @@ class Claims:
         taken: set[str] = set()
         for clash in self.clashes:
             number = clash.first >> _LINE_BITS
-            kind = "unit" if number < self.units else "person"
+            kind = "unit" if number < self.units else "person" if number < self.people else "application"
             place = f"{kind} {self.ids[number]} ({self.place(clash.first)})"
-            what = "alias" if clash.field == "aliases" else "local_part"
+            what = {"aliases": "alias", "id": "id", "addresses": "address"}.get(clash.field, "local_part")
             text = (
                 f"{clash.address} is already an address of {place}: "
                 f"give the newer of the two another {what}, such as {self._free(clash, taken)}"

@@ -7,14 +7,14 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
+from . import certificates
 from .addresses import Policy, Scheme, Values
 from .durable import replaced
 from .names import NameRefused
-from .schema import REFS, person_fields, unit_fields
+from .schema import REFS, Fields, application_fields, person_fields, unit_fields
 from .state import SIZES, octets
 
 _UNIT = {
@@ -35,6 +35,7 @@ _PERSON = {
     "class": "businessCategory",
     "state": "mailboxState",
 }
+_APPLICATION = {"name": "cn", "unit": "departmentNumber", "state": "mailboxState"}
 # What every version of YAML reads as text without quotes.
 _PLAIN = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)\Z)[^\W\d_][\w./@-]*(?: [\w./@-]+)*", re.IGNORECASE)
 
@@ -47,11 +48,11 @@ class ExportRefused(ValueError):
 
 
 def write(lines: Iterable[str], policy: Policy, folder: Path, form: str) -> list[Path]:
-    """Write units.yml and people.`form` (yml, csv or json) into `folder`; return their paths.
+    """Write units.yml, people.`form` (yml, csv or json), applications.yml and certificates; return the lists' paths.
 
-    `lines` are those of the module's mode export: JSON objects with k, i and a, units first. What policy gives (an
-    address after the pattern, reserved names, alias domains, the usual quota, the suspension of a whole unit) is
-    left out, so that it follows policy from now on.
+    `lines` are those of the module's mode export: JSON objects with k, i and a, units first, applications last. What
+    policy gives (an address after the pattern, reserved names, alias domains, the usual quota, the suspension of a
+    whole unit) is left out, so that it follows policy from now on.
 
     Raises ExportRefused with one sentence when the folder has people in another form, the lines are out of order, or a
     unit's delegates cannot be read.
@@ -63,26 +64,40 @@ def write(lines: Iterable[str], policy: Policy, folder: Path, form: str) -> list
     mailboxes = map(_parsed, lines)
     units: dict[str, Values] = {}
     found: list[dict[str, list[str]]] = []
-    first: list[Mailbox] = []
-    for mailbox in mailboxes:
-        if mailbox[0] == "person":
-            first.append(mailbox)
-            break
+    mailbox = next(mailboxes, None)
+    while mailbox is not None and mailbox[0] == "unit":
         units[mailbox[1]] = _unit(mailbox[1], mailbox[2])
         found.append(mailbox[2])
+        mailbox = next(mailboxes, None)
     scheme = Scheme(policy, units)
 
     def persons() -> Iterator[Values]:
-        for kind, identity, attributes in chain(first, mailboxes):
-            if kind != "person":
-                raise ExportRefused(f"the unit {identity} came after people: export again")
-            yield _without_policy(kind, _person(identity, attributes), attributes, scheme)
+        nonlocal mailbox
+        while mailbox is not None and mailbox[0] == "person":
+            _kind, identity, attributes = mailbox
+            yield _without_policy("person", _person(identity, attributes), attributes, scheme, folder)
+            mailbox = next(mailboxes, None)
 
-    offices = [_without_policy("unit", *pair, scheme) for pair in zip(units.values(), found, strict=True)]
-    with replaced(folder / "units.yml") as units_file, replaced(people) as people_file:
+    def applications() -> Iterator[Values]:
+        nonlocal mailbox
+        while mailbox is not None:
+            kind, identity, attributes = mailbox
+            if kind != "application":
+                raise ExportRefused(f"the {kind} {identity} came out of its order: export again")
+            yield _application(identity, attributes, policy.domain)
+            mailbox = next(mailboxes, None)
+
+    offices = [_without_policy("unit", *pair, scheme, folder) for pair in zip(units.values(), found, strict=True)]
+    programs = folder / "applications.yml"
+    with (
+        replaced(folder / "units.yml") as units_file,
+        replaced(people) as people_file,
+        replaced(programs) as programs_file,
+    ):
         _write_yaml(units_file, "mail_units", offices)
         _WRITERS[form](people_file, "mail_people", persons())
-    return [folder / "units.yml", people]
+        _write_yaml(programs_file, "mail_applications", applications())
+    return [folder / "units.yml", people, programs]
 
 
 def _parsed(line: str) -> Mailbox:
@@ -108,12 +123,26 @@ def _person(identity: str, attributes: dict[str, list[str]]) -> Values:
     return values
 
 
+def _application(identity: str, attributes: dict[str, list[str]], domain: str) -> Values:
+    values: Values = {"id": identity, **_named(_APPLICATION, attributes)}
+    values["addresses"] = [text.removesuffix(f"@{domain}") for text in attributes.get("applicationSender", [])]
+    values["hosts"] = attributes.get("applicationHost", [])
+    if values.get("state") == "active":
+        del values["state"]
+    return _in_order(values, attributes, application_fields())
+
+
 def _named(names: dict[str, str], attributes: dict[str, list[str]]) -> Values:
     return {field: attributes[name][0] for field, name in names.items() if name in attributes}
 
 
-def _without_policy(kind: str, values: Values, attributes: dict[str, list[str]], scheme: Scheme) -> Values:
-    """Return a mailbox's fields in the order of the schema, without what policy says already."""
+def _without_policy(
+    kind: str, values: Values, attributes: dict[str, list[str]], scheme: Scheme, folder: Path
+) -> Values:
+    """Return a mailbox's fields in the order of the schema, without what policy says already.
+
+    Its certificates become files below `folder`.
+    """
     places = scheme.places(kind, values)
     local = attributes["mail"][0].partition("@")[0]
     if local != scheme.made(kind, values, places):
@@ -134,9 +163,20 @@ def _without_policy(kind: str, values: Values, attributes: dict[str, list[str]],
     state = values.pop("state", "active")
     if state != "active" and not (state == "suspended" and scheme.suspended_with(kind, values)):
         values["state"] = state
+    values["internal"] = attributes.get("mailboxInternal") == ["TRUE"]
+    values["certificate"] = []
+    for number, text in enumerate(attributes.get(certificates.ATTRIBUTE, []), 1):
+        name = f"certificates/{values['id']}-{number}.pem"
+        with replaced(folder / name) as file:
+            file.write(certificates.pem(text).encode())
+        values["certificate"].append(name)
+    return _in_order(values, attributes, unit_fields() if kind == "unit" else person_fields())
+
+
+def _in_order(values: Values, attributes: dict[str, list[str]], fields: Fields) -> Values:
+    """Return the fields that have a value, with the grounds, in the order of the schema."""
     grounds = (text.split(" ", 1) for text in attributes.get("mailboxGrounds", []))
     values.update({name: text for name, text in grounds if name in REFS})
-    fields = unit_fields() if kind == "unit" else person_fields()
     return {name: values[name] for name in fields.known if values.get(name)}
 
 
@@ -164,7 +204,8 @@ def _yaml(value: Any) -> str:
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, dict):
         return f"{{{', '.join(f'{name}: {_yaml(part)}' for name, part in value.items())}}}"
-    return value if _PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value)
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _write_csv(file: IO[bytes], _root: str, records: Iterable[Values]) -> None:
@@ -172,8 +213,12 @@ def _write_csv(file: IO[bytes], _root: str, records: Iterable[Values]) -> None:
     writer = csv.DictWriter(text, list(person_fields().known), lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({name: ";".join(value) if isinstance(value, list) else value for name, value in record.items()})
+        writer.writerow({name: _cell(value) for name, value in record.items()})
     text.detach()
+
+
+def _cell(value: Any) -> str:
+    return ";".join(value) if isinstance(value, list) else value if isinstance(value, str) else json.dumps(value)
 
 
 def _write_json(file: IO[bytes], root: str, records: Iterable[Values]) -> None:

@@ -139,10 +139,17 @@ def _write(target: IO[str], loader: str, entries: Iterable[tuple[str, dict[str, 
     names = f"creatorsName: {loader}\nmodifiersName: {loader}\n\n"
     portion: list[str] = []
     for dn, attributes in entries:
-        text = "".join([f"{name}: {value}\n" for name, values in attributes.items() for value in values])
+        # A certificate comes as base64 already.
+        text = "".join(
+            [
+                f"{name}:: {value}\n" if name.endswith(";binary") else f"{name}: {value}\n"
+                for name, values in attributes.items()
+                for value in values
+            ]
+        )
         if any(odd in text for odd in _ODD) or text.count("\n") != sum(map(len, attributes.values())):
             text = "".join(
-                f"{name}:: {base64.b64encode(value.encode()).decode()}\n"
+                f"{name}:: {value if name.endswith(';binary') else base64.b64encode(value.encode()).decode()}\n"
                 for name, values in attributes.items()
                 for value in values
             )

@@ -16,13 +16,17 @@ from typing import Any, NamedTuple
 
 Attributes = dict[str, list[str]]
 
-_MAILBOX = ("mail", "mailLocalAddress", "mailboxState", "mailboxClass", "mailboxQuota", "businessCategory")
+_ACCOUNT = ("mail", "mailLocalAddress", "mailboxState", "mailboxClass")
+_MAILBOX = (*_ACCOUNT, "mailboxQuota", "businessCategory", "mailboxInternal", "userCertificate;binary")
 DECLARED = {
     "unit": (
         *("ou", *_MAILBOX, "mailboxUnitCode", "mailboxParent", "mailboxHead", "mailboxDelegate", "mailboxSuccessor"),
     ),
     "person": (
         *("cn", "sn", "givenName", "mailboxMiddleName", "title", "departmentNumber", *_MAILBOX, "pwdPolicySubentry"),
+    ),
+    "application": (
+        *("cn", *_ACCOUNT, "departmentNumber", "applicationHost", "applicationSender", "pwdPolicySubentry"),
     ),
 }
 """What the files say of a mailbox. `mailLocalAddress` holds temporary aliases besides."""
@@ -34,14 +38,20 @@ BOOKKEEPING = (
 )
 """Written with changes, never compared."""
 WEIGHT = (
-    *("purge", "leave", "dissolve", "return", "join", "found", "hand-over", "suspend", "resume", "legacy", "move"),
-    *("rename", "delegate", "reset", "update", "drift", "expire"),
+    *("purge", "leave", "dissolve", "disconnect", "return", "join", "found", "connect", "hand-over"),
+    *("suspend", "resume", "legacy", "move", "rename", "delegate", "reset", "update", "drift", "expire"),
 )
 """The actions, the weightiest first."""
-PASSWORD = frozenset({"join", "found", "return", "reset", "hand-over"})
+PASSWORD = frozenset({"join", "found", "connect", "return", "reset", "hand-over"})
 """Actions that give a mailbox a new initial password."""
 _NO_GROUNDS = frozenset({"drift", "expire"})
 _GONE = frozenset({"left", "dissolved"})
+# How a mailbox of each kind begins and ends, the state at its end, and how it begins once more.
+_ENDS = {
+    "unit": ("found", "dissolve", "dissolved", "found"),
+    "person": ("join", "leave", "left", "return"),
+    "application": ("connect", "disconnect", "left", "connect"),
+}
 # Attributes that an entry of the kit's first version, which has no digest, cannot have.
 _SINCE_DIGEST = frozenset(
     {"mailboxParent", "mailboxHead", "mailboxDelegate", "mailboxSuccessor", "mailboxMiddleName", "pwdPolicySubentry"}
@@ -195,7 +205,7 @@ def classify(box: Mailbox, rules: Rules, now: str, heir_waits: bool) -> None:
     A mailbox that is no longer in the files has left, if the policy asks for no grounds. `heir_waits`: it is that of a
     unit with aliases at its successor's, which end before its entry may go.
     """
-    first, last, end = ("join", "leave", "left") if box.kind == "person" else ("found", "dissolve", "dissolved")
+    first, last, end, _again = _ENDS[box.kind]
     if box.live is None:
         box.actions = {first}
         return
@@ -230,7 +240,7 @@ def classify(box: Mailbox, rules: Rules, now: str, heir_waits: bool) -> None:
 
 def _state_action(kind: str, before: str, after: str) -> str:
     if before in _GONE:
-        return "return" if kind == "person" else "found"
+        return _ENDS[kind][3]
     return {"suspended": "suspend", "legacy": "legacy"}.get(after, "resume")
 
 
@@ -241,6 +251,10 @@ def _name_rest(box: Mailbox, names: set[str], rules: Rules, *, new: bool) -> Non
         free = {name for name in names & _SINCE_DIGEST if not had.get(name)}
         names = names - free
         box.free_update = bool(free)
+    if box.kind == "application":
+        if names:
+            box.actions.add("update")
+        return
     if "departmentNumber" in names:
         box.actions.add("move")
         names = names - _PART_OF["move"]
@@ -288,7 +302,7 @@ class Refusals:
         self.boxes, self.units, self.people = boxes, units, people
         self.rules, self.now, self.released = rules, now, released
         self.holders: dict[str, list[Mailbox]] = {}
-        for box in [*units.values(), *people.values()]:
+        for box in boxes:
             for address in {*addresses(box.had), *box.former}:
                 self.holders.setdefault(address, []).append(box)
         self.tombs: dict[str, list[tuple[str, str, Former]]] = {}
@@ -328,7 +342,7 @@ class Refusals:
             needed = self.rules.required_refs.get(action, ())
             missing = [name for name in needed if not box.refs.get(name)]
             if missing and not box.listed:
-                state = "left" if box.kind == "person" else "dissolved"
+                state = _ENDS[box.kind][2]
                 documents = " and ".join(missing)
                 return f"{box.id} is no longer in the files and {action} needs {documents}: put it back, state {state}"
             if missing:

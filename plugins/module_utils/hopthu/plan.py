@@ -48,6 +48,7 @@ Row = tuple[str, dict[str, list[bytes]]]
 _UNCOMPARED = frozenset({*BOOKKEEPING, "uid", "creatorsName"})
 _SPECIAL = frozenset({"mailboxFormerAddress", "mailboxRetainUntil"})  # what time changes
 _POINTER = "this mailbox is closed, write to {0} (hop thu da dong, xin gui den {0})"
+_REMOVE = frozenset({"leave", "dissolve", "disconnect"})
 _RECEIVES = frozenset({"active", "suspended", "legacy"})
 
 
@@ -119,9 +120,9 @@ def make_plan(
     """Compare and order: what has to be done below `base` so that `live` becomes `desired`.
 
     `desired` are the lines of desired.jsonl, header and units first; `live` the mailboxes with the attributes of
-    READ, units before people; `released` the tombstones. `loader` is the kit's own identity: an entry without digest
-    that another made was made by hand. `now` is generalizedTime in UTC. `removals` allows to remove that many
-    mailboxes; `issued` names slip runs whose mailboxes are looked up.
+    READ, units before people before applications; `released` the tombstones. `loader` is the kit's own identity: an
+    entry without digest that another made was made by hand. `now` is generalizedTime in UTC. `removals` allows to
+    remove that many mailboxes; `issued` names slip runs whose mailboxes are looked up.
 
     Ids are compared as LDAP does, without case. The addresses of `desired` are unique.
     """
@@ -189,13 +190,16 @@ class _Planner:
         self.units: dict[str, Mailbox] = {}
         self.people: dict[str, Mailbox] = {}
         self.new_units: dict[str, dict[str, Any]] = {}
+        self.applications: dict[str, Mailbox] = {}
+        self.new_applications: dict[str, dict[str, Any]] = {}
         self.new_people: dict[str, bytes] = {}  # parsed only when the live entry is there to compare with
         for line in lines:
             if line.startswith(b'{"k":"person","i":"'):
                 self.new_people[line[19 : line.index(b'"', 19)].decode().lower()] = line
             else:
                 value = json.loads(line)
-                self.new_units[value["i"].lower()] = value
+                new = self.new_units if value["k"] == "unit" else self.new_applications
+                new[value["i"].lower()] = value
         self.heirs: dict[str, set[str]] = {}  # unit → addresses that it has from dissolved ones, as in LDAP
 
     # --- reading ---
@@ -212,7 +216,7 @@ class _Planner:
         rows = iter(live)
         found, first = [], None
         for row in rows:
-            if "ou=people," in row[0]:
+            if _kind(row[0]) != "unit":
                 first = row
                 break
             found.append(self.box(*row))
@@ -233,8 +237,7 @@ class _Planner:
     def box(self, dn: str, attributes: dict[str, list[bytes]]) -> Mailbox:
         """Return a live entry as a Mailbox."""
         values = {name: [value.decode("utf-8", "replace") for value in raw] for name, raw in attributes.items()}
-        kind = "unit" if ",ou=units," in dn.lower() else "person"
-        box = Mailbox(kind, values["uid"][0], dn, values, listed=False)
+        box = Mailbox(_kind(dn), values["uid"][0], dn, values, listed=False)
         box.by_hand = "mailboxDigest" not in values and one(values, "creatorsName").lower() != self.loader
         if not box.by_hand:
             box.former = former_addresses(values)
@@ -291,6 +294,13 @@ class _Planner:
             any_live = True
             key = attributes["uid"][0].decode("utf-8", "replace").lower()
             active += attributes["mailboxState"][0] == b"active"
+            if _kind(dn) == "application":
+                box = self.applications[key] = self.box(dn, attributes)
+                if key in self.new_applications:
+                    self._wish(box, self.new_applications.pop(key))
+                if one(box.live, "mailboxSlip") in issued:
+                    slip_boxes.append(box)
+                continue
             line = self.new_people.pop(key, None)
             slip = bool(issued) and attributes.get("mailboxSlip", [b""])[0].decode() in issued
             if line is not None and not slip and key not in acting and _as_written(attributes, line):
@@ -305,6 +315,9 @@ class _Planner:
         for line in self.new_people.values():
             if (new := self._new(json.loads(line))) is not None:
                 self.people[new.id.lower()] = new
+        for value in self.new_applications.values():
+            if (new := self._new(value)) is not None:
+                self.applications[new.id.lower()] = new
         tombs = {}
         for _dn, attributes, identity in map(_identified, released):
             values = {name: [value.decode("utf-8", "replace") for value in raw] for name, raw in attributes.items()}
@@ -314,7 +327,7 @@ class _Planner:
             fields = {name: getattr(about, name) for name in ("id", "kind", "address", "name", "unit")}
             slips[one(box.live, "mailboxSlip")].append(fields)
 
-        everyone = [*self.units.values(), *self.people.values()]
+        everyone = [*self.units.values(), *self.people.values(), *self.applications.values()]
         for box in everyone:
             waits = succeeded(box.had) and any(until.alias(self.now) for until in box.former.values())
             classify(box, self.rules, self.now, waits)
@@ -328,8 +341,7 @@ class _Planner:
     def _stop(self, changes: list[Change], active: int, allowed: int | None) -> str | None:
         """Return why so many removals are not carried out without a word of the operator."""
         removed = sum(
-            not change.refused
-            and (change.action in ("leave", "dissolve") or (change.action == "drift" and not change.after))
+            not change.refused and (change.action in _REMOVE or (change.action == "drift" and not change.after))
             for change in changes
         )
         if removed <= 1 or removed <= self.rules.removal_limit * active or (allowed is not None and removed <= allowed):
@@ -373,7 +385,7 @@ class _Planner:
     def change(self, box: Mailbox, actions: list[str], before: Attributes, after: Attributes) -> Change:
         """Return the row of a mailbox."""
         shown = box.want or box.had
-        unit = self.units.get(one(shown, "departmentNumber").lower()) if box.kind == "person" else box
+        unit = box if box.kind == "unit" else self.units.get(one(shown, "departmentNumber").lower())
         unit_name = one(unit.want or unit.had, "ou") if unit is not None else one(shown, "departmentNumber")
         return Change(
             action=actions[0],
@@ -382,7 +394,7 @@ class _Planner:
             id=box.id,
             dn=box.dn,
             address=one(shown, "mail"),
-            name=one(shown, "cn" if box.kind == "person" else "ou"),
+            name=one(shown, "ou" if box.kind == "unit" else "cn"),
             unit=unit_name,
             before=before or None,
             after=after or None,
@@ -503,6 +515,14 @@ class _Planner:
         lost = set(live.get("mailboxActsFor", ())) - set(target.get("mailboxActsFor", ()))
         if lost or (not box.refused and box.actions & PASSWORD):
             book["mailboxSessionsSince"] = [self.now]
+
+
+def _kind(dn: str) -> str:
+    """Return the kind of a mailbox by the branch that it stands in."""
+    below = dn.lower()
+    if ",ou=people," in below:
+        return "person"
+    return "unit" if ",ou=units," in below else "application"
 
 
 def _as_written(attributes: dict[str, list[bytes]], line: bytes) -> bool:

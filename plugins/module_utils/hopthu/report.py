@@ -33,6 +33,8 @@ WORDS = {
     "reset": "cấp lại mật khẩu",
     "drift": "sửa sai lệch",
     "expire": "hết hạn",
+    "connect": "kết nối",
+    "disconnect": "ngắt kết nối",
 }
 """The actions of a plan, with the word of the regulations."""
 

@@ -95,10 +95,13 @@ class Fields:
 
 
 class Items:
-    """What a list may hold."""
+    """What a list may hold, how many at least, and whether a single one may stand without brackets."""
 
     def __init__(self, schema: dict[str, Any], file: str) -> None:
         self.item = _compile(*_resolve(schema.get("items", {}), file))
+        self.least: int = schema.get("minItems", 0)
+        self.single = "string" in schema["type"]
+        self.missing: str = schema.get("x-missing", "fill it in")
 
 
 Check = Fields | Items | Parse
@@ -111,9 +114,13 @@ def _nested(check: Fields | Items, raw: Any, record: Record, name: str, problems
             return check.read(raw, problems)
         problems.append(record.problem(name, f'"{short(raw)}" {check.sentence}'))
         return None
+    if check.single and isinstance(raw, str):
+        raw = [raw]
     if not isinstance(raw, list):
         problems.append(record.problem(name, f'"{short(raw)}" must be a list'))
         return None
+    if len(raw) < check.least:
+        problems.append(record.problem(name, f"is empty: {check.missing}"))
     values = []
     for item in raw:
         if isinstance(check.item, Fields | Items):
@@ -257,9 +264,11 @@ def _number(schema: dict[str, Any]) -> Parse:
 
 def _boolean(_schema: dict[str, Any]) -> Parse:
     def check(value: Any) -> bool:
-        if not isinstance(value, bool):
+        if isinstance(value, bool):
+            return value
+        if value not in ("true", "false"):  # a cell of a CSV file holds text
             raise ValueError(f'"{short(value)}" must be true or false')
-        return value
+        return bool(value == "true")
 
     return check
 
@@ -304,6 +313,12 @@ def unit_fields() -> Fields:
 def person_fields() -> Fields:
     """Return the checks of one person, in whatever form the people come."""
     return _records("people")
+
+
+@cache
+def application_fields() -> Fields:
+    """Return the checks of one application of applications.yml."""
+    return _records("applications")
 
 
 def _records(name: str) -> Fields:

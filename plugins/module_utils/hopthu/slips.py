@@ -36,11 +36,17 @@ text-align:center}dt{float:left;width:5cm;clear:left}dd{margin:0 0 .4cm 5cm;font
 # LC-11.1, HT-6.1, CT-8.3: change it; DL-8.1, LC-11.5, HT-6.1, CT-8.1: tell nobody; DL-8.5, CT-8.1: report a leak.
 _PAGE = """<section data-id="{id}"><h1>PHIẾU CẤP TÀI KHOẢN THƯ ĐIỆN TỬ</h1><dl><dt>{label}</dt><dd>{name}</dd>
 <dt>Đơn vị</dt><dd>{unit}</dd><dt>Địa chỉ thư điện tử</dt><dd>{address}</dd><dt>Mật khẩu ban đầu</dt>
-<dd class="p">{password}</dd></dl><p>Mật khẩu ban đầu chưa mở được hộp thư: phải đổi ngay sau khi nhận phiếu này. Giữ bí
+<dd class="p">{password}</dd></dl><p>{use} Giữ bí
 mật mật khẩu, không cung cấp cho người khác; khi lộ hoặc mất, báo ngay cho đơn vị vận hành để được cấp lại.</p>
 <p>Người nhận ký tên, ngày tháng: ………………………………</p></section>
 """
-_LABELS = {"person": "Họ và tên", "unit": "Hộp thư đơn vị"}
+_LABELS = {"person": "Họ và tên", "unit": "Hộp thư đơn vị", "application": "Ứng dụng"}
+_CHANGE = "Mật khẩu ban đầu chưa mở được hộp thư: phải đổi ngay sau khi nhận phiếu này."
+# HT-4.2e: a program cannot change its password, and has no mailbox.
+_USE = {
+    "application": "Ứng dụng đăng nhập bằng địa chỉ và mật khẩu này, chỉ để gửi thư, từ các máy chủ đã đăng ký; không"
+    " đổi mật khẩu khi nhận."
+}
 
 
 class SlipsRefused(ValueError):
@@ -48,7 +54,7 @@ class SlipsRefused(ValueError):
 
 
 class Holder(NamedTuple):
-    """Who gets a page: mailbox id, kind (unit or person), address, name, name of the unit."""
+    """Who gets a page: mailbox id, kind (unit, person or application), address, name, name of the unit."""
 
     id: str
     kind: str
@@ -117,6 +123,7 @@ def write_pages(path: Path, certificates: list[Path], holders: Iterable[Holder],
                     unit=escape(holder.unit),
                     address=escape(holder.address),
                     password=initial_password(key, holder.id),
+                    use=_USE.get(holder.kind, _CHANGE),
                 )
                 process.stdin.write(page.encode())
             process.stdin.write(b"</body></html>\n")

@@ -5,6 +5,7 @@ People are streamed: of each only the id and the addresses are kept, as 100,000 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from datetime import date
 from pathlib import Path
 from typing import IO
 
+from . import certificates
 from .addresses import AliasDomain, Claims, Policy, Scheme, Values, lacking
-from .files import Fault, Problem, Record, read_list, read_mapping
+from .files import Fault, Problem, Record, read_list, read_mapping, short
 from .names import NameRefused, fill_pattern, take_apart
-from .schema import REFS, person_fields, policy_fields, unit_fields
+from .schema import REFS, application_fields, person_fields, policy_fields, unit_fields
 
 SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,6 +41,8 @@ class Reading:
     problems: list[Problem]
     units: int
     people: int
+    applications: int
+    warnings: list[str]
 
     @property
     def domain(self) -> str:
@@ -57,7 +61,7 @@ def read(folder: Path, shown: str, out: IO[bytes] | None, today: date) -> Readin
     `shown` is the folder's name in problems. `today` decides which alias domains still receive. All problems are
     found at once; where a file cannot be read at all, what would have to be compared with it is not checked.
 
-    The first line written is the policy's header, then comes one line per mailbox, units first:
+    The first line written is the policy's header, then comes one line per mailbox, units first, applications last:
     {"k": kind, "i": id, "a": declared LDAP attributes, "r": grounds, "l": "file:line"}.
     """
     return _Reader(folder, shown, out, today).read()
@@ -77,9 +81,10 @@ class _Reader:
         self.left: set[str] = set()
         self.administrators: set[str] = set()
         self.quotas: dict[str, str] = {}
+        self.warnings: list[str] = []
 
     def read(self) -> Reading:
-        """Read policy, units and people, in this order."""
+        """Read policy, units, people and applications, in this order."""
         policy, policy_good = self._policy()
         good = self._units() and policy_good and bool(policy.domain)
         self.claims = Claims(policy, self.problems)
@@ -98,12 +103,15 @@ class _Reader:
                 self._mailbox("unit", record, values)
         self.claims.units = len(self.unit_records)
         people = self._people(good)
+        self.claims.people = len(self.claims.ids)
+        applications = self._applications(good)
         if good:
             self.claims.tell()
             if people is not None:
                 self._check_people_named(policy)
         count = people if people is not None else 0
-        return Reading(policy, sorted(set(self.problems)), len(self.unit_records), count)
+        problems = sorted(set(self.problems))
+        return Reading(policy, problems, len(self.unit_records), count, applications, self.warnings)
 
     def _policy(self) -> tuple[Policy, bool]:
         """Return the policy, and whether its file could be read."""
@@ -263,22 +271,106 @@ class _Reader:
             self.problems.append(record.problem("local_part", str(error)))
         if kind == "unit":
             others += scheme.received.get(values.get("id", ""), ())
+        shown = self._certificates(record, values, {mail, *others}) if "certificate" in values else []
         if self.out and not self.problems:
             if kind == "unit":
                 attributes = self._unit_attributes(values, mail, others)
             else:
                 attributes = self._person_attributes(values, mail, others)
-            # By hand this takes a quarter of the general encoder's time.
-            pairs = ",".join(
-                [
-                    f'"{name}":[{quote(value)}]' if type(value) is str else f'"{name}":{encode(value)}'
-                    for name, value in attributes.items()
-                ]
-            )
-            refs = ",".join([f'"{name}":{quote(values[name])}' for name in REFS if name in values])
-            place = quote(f"{record.file}:{record.line}")
-            line = f'{{"k":"{kind}","i":"{values["id"]}","a":{{{pairs}}},"r":{{{refs}}},"l":{place}}}\n'
-            self.out.write(line.encode())
+            if shown:
+                attributes[certificates.ATTRIBUTE] = shown
+            self._write(kind, record, values, attributes)
+
+    def _write(self, kind: str, record: Record, values: Values, attributes: Attributes) -> None:
+        """Write the line of a mailbox. By hand this takes a quarter of the general encoder's time."""
+        assert self.out is not None
+        pairs = ",".join(
+            [
+                f'"{name}":[{quote(value)}]' if type(value) is str else f'"{name}":{encode(value)}'
+                for name, value in attributes.items()
+            ]
+        )
+        refs = ",".join([f'"{name}":{quote(values[name])}' for name in REFS if name in values])
+        place = quote(f"{record.file}:{record.line}")
+        line = f'{{"k":"{kind}","i":"{values["id"]}","a":{{{pairs}}},"r":{{{refs}}},"l":{place}}}\n'
+        self.out.write(line.encode())
+
+    def _certificates(self, record: Record, values: Values, addresses: set[str]) -> list[str]:
+        """Return the certificates of a mailbox that can be taken."""
+        found = set()
+        for name in values["certificate"]:
+            try:
+                text, warning = certificates.read(self.folder / name, name, addresses, self.today)
+            except certificates.CertificateRefused as refusal:
+                self.problems.append(record.problem("certificate", str(refusal)))
+                continue
+            found.add(text)
+            if warning:
+                self.warnings.append(str(record.problem("certificate", warning)))
+        return sorted(found)
+
+    def _applications(self, good: bool) -> int:
+        """Read applications.yml, where there is one; return how many there are."""
+        path, count = self.folder / "applications.yml", 0
+        if not path.exists():
+            return 0
+        check = application_fields()
+        try:
+            for record in read_list(path, f"{self.shown}/applications.yml", "mail_applications", check.lists):
+                count += 1
+                values = check.read(record, self.problems)
+                if good:
+                    self._application(record, values)
+        except Fault as fault:
+            self.problems.append(fault.problem)
+        return count
+
+    def _application(self, record: Record, values: Values) -> None:
+        """Claim an application's login and its own addresses (HT-4.2e) and, while all is well, write its line."""
+        claims = self.claims
+        number = claims.enter(values.get("id", ""), record)
+        unit = values.get("unit")
+        if unit is not None and unit not in self.units:
+            self.problems.append(record.problem("unit", _no_unit(unit)))
+        elif unit is not None and self.units[unit].get("state") == "dissolved":
+            self.problems.append(record.problem("unit", f"unit {unit} is dissolved: name the one that answers for it"))
+        login = claims.full(values["id"], record, "id") if "id" in values else ""
+        if login:
+            claims.claim(login, number, record, "id", "")
+        senders: set[str] = set()
+        own: list[str] = []
+        for text in values.get("addresses", ()):
+            address = claims.full(text, record, "addresses")
+            if not address:
+                continue
+            holder = claims.holder(address)
+            if address in senders:
+                text = f"{address} stands twice in this record: keep one"
+                self.problems.append(record.problem("addresses", text))
+            elif holder is None or claims.of_application(address):
+                if claims.claim(address, number, record, "addresses", "") and address != login:
+                    own.append(address)
+            elif holder in self.left or self.units.get(holder, {}).get("state") == "dissolved":
+                text = f"{address} is of {holder}, who is no longer there: name another"
+                self.problems.append(record.problem("addresses", text))
+            senders.add(address)
+        hosts: set[str] = set()
+        for text in values.get("hosts", ()):
+            try:
+                hosts.add(_network(text))
+            except ValueError as error:
+                self.problems.append(record.problem("hosts", str(error)))
+        if self.out and not self.problems:
+            attributes: Attributes = {"cn": values["name"], "mail": login}
+            if own:
+                attributes["mailLocalAddress"] = sorted(own)
+            attributes["mailboxState"] = values.get("state", "active")
+            attributes["mailboxClass"] = "application"
+            attributes["departmentNumber"] = values["unit"]
+            attributes["applicationHost"] = sorted(hosts)
+            attributes["applicationSender"] = sorted(senders)
+            attributes["pwdPolicySubentry"] = f"cn=services,ou=policies,{self.scheme.policy.base}"
+            self._write("application", record, values, attributes)
 
     def _local_part(self, kind: str, record: Record, values: Values, places: Mapping[str, str]) -> str:
         """Return the given local part, or what the policy's pattern makes; "" after a fault."""
@@ -348,6 +440,8 @@ class _Reader:
         attributes["mailboxQuota"] = str(octets(values["quota"])) if "quota" in values else self.quotas[kind]
         if "class" in values:
             attributes["businessCategory"] = values["class"]
+        if values.get("internal"):
+            attributes["mailboxInternal"] = "TRUE"
 
     def _check_people_named(self, policy: Policy) -> None:
         """Note heads, delegates, administrators and mapped mailboxes that do not exist or have left."""
@@ -390,6 +484,20 @@ _UNIT_ATTRIBUTES = (
 
 def _no_unit(identity: str) -> str:
     return f'there is no unit "{identity}": correct it or add it to units.yml'
+
+
+def _network(text: str) -> str:
+    """Return an address or a network in its usual form; raises ValueError with one sentence."""
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ValueError(f'"{short(text)}" is no address or network, such as 10.1.2.3 or 10.1.2.0/24') from None
+    if network.prefixlen == 0:
+        raise ValueError(f'"{short(text)}" is everywhere: name the hosts from which it logs in')
+    if "/" in text and ipaddress.ip_address(text.split("/")[0]) != network.network_address:
+        alone = text.split("/")[0]
+        raise ValueError(f'"{short(text)}" is both a host and a network: write {alone} or {network}')
+    return str(network.network_address) if network.num_addresses == 1 else str(network)
 
 
 def _map_record(alias: AliasDomain) -> Record:

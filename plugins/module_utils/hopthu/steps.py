@@ -26,10 +26,11 @@ from .lifecycle import (
     succeeded,
 )
 
-BRANCHES = {"unit": "ou=units", "person": "ou=people"}
+BRANCHES = {"unit": "ou=units", "person": "ou=people", "application": "ou=applications"}
 OBJECT_CLASSES = {
     "unit": ["organizationalUnit", "hopThuMailbox", "inetLocalMailRecipient"],
     "person": ["inetOrgPerson", "hopThuMailbox", "inetLocalMailRecipient"],
+    "application": ["hopThuApplication"],
 }
 MANAGED = {kind: (*DECLARED[kind], *DERIVED) for kind in BRANCHES}
 """What is compared and written."""

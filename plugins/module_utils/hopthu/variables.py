@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from .rotation import accompanying
+
 VAULT_HEADER = "$ANSIBLE_VAULT"
 
 
@@ -21,12 +23,16 @@ class Specification:
     """Required on each host."""
     inventory: frozenset[str]
     """Required for the province."""
+    optional: frozenset[str]
+    """What a province may set besides."""
     secrets: Mapping[str, str]
     """Required secrets: name to what it is."""
     roles: frozenset[str]
     """Variables of the roles."""
     wired: frozenset[str]
     """Set by the wiring: a group variable of that name in the inventory would be overruled."""
+    accompanying: frozenset[str] = frozenset()
+    """What secrets have beside them while they are rotated."""
 
     @classmethod
     def read(cls, specification: Path, roles: Path, wiring: Path) -> Specification:
@@ -38,16 +44,19 @@ class Specification:
                 options.update(entry["options"])
         return cls(
             hosts=frozenset(site["hosts"]),
-            inventory=frozenset(site["inventory"]),
+            inventory=frozenset(name for name, entry in site["inventory"].items() if entry["required"]),
+            optional=frozenset(name for name, entry in site["inventory"].items() if not entry["required"]),
             secrets={name: entry["description"] for name, entry in site["secrets"].items()},
             roles=frozenset(options),
             wired=frozenset(yaml.safe_load(wiring.read_text(encoding="utf-8"))),
+            accompanying=accompanying(site["secrets"]),
         )
 
     @property
     def settable(self) -> frozenset[str]:
         """Every name that an inventory may set for a group."""
-        return (self.hosts | self.inventory | frozenset(self.secrets) | self.roles) - self.wired
+        secrets = frozenset(self.secrets) | self.accompanying
+        return (self.hosts | self.inventory | self.optional | secrets | self.roles) - self.wired
 
 
 def _assignments(source: Path) -> Iterator[tuple[Path, int, str, bool]]:
