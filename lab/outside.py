@@ -32,7 +32,8 @@ DOMAIN = "ben-ngoai.example"  # a correspondent who does everything right: DANE,
 FORGED = "co-quan-khac.example"  # an office that sends no mail from here and whose name others misuse
 STS_ONLY = "tam-thoi.example"  # its zone is not signed: MTA-STS without DANE
 BOGUS = "sai-chu-ky.example"  # its signatures do not fit the trust anchor that the province's hosts have
-UNSIGNED = (STS_ONLY,)
+SILENT = "chua-khai-bao.example"  # says nothing about who may send for it, as most domains do
+UNSIGNED = (STS_ONLY, SILENT)
 PACKAGES = ("knot", "unbound", "postfix", "nginx-light", "pebble", "ssl-cert")
 UNITS = ("knot", "unbound", "postfix", "nginx", "pebble")
 MAIL_FOLDER = "/var/mail/outside"
@@ -59,7 +60,7 @@ def result(lab: Lab, addresses: list[str]) -> dict[str, Any]:
     return {
         "name": f"mail.{DOMAIN}",
         "domain": DOMAIN,
-        "domains": {"correspondent": DOMAIN, "forged": FORGED, "sts_only": STS_ONLY, "bogus": BOGUS},
+        "domains": {"correspondent": DOMAIN, "forged": FORGED, "sts_only": STS_ONLY, "silent": SILENT, "bogus": BOGUS},
         "addresses": {"v4": addresses[0], "v6": addresses[1]},
         "container": lab.container(HOST),
         "ssh_host": HOST,
@@ -185,6 +186,7 @@ def _zones(
     zones = {domain: _correspondent(lab, domain, own) for domain in (DOMAIN, FORGED, STS_ONLY)}
     zones[DOMAIN] += _addresses("ns", own) + _addresses("acme", own) + _addresses("client", subnets.gateway)
     zones[BOGUS] = _addresses("@", own) + _addresses("mail", own) + ["@ MX 10 mail"]
+    zones[SILENT] = [*_addresses("mail", own), "@ MX 10 mail"]
     for domain in domains:
         printed = lab.build / "dns" / f"{domain}.zone"
         zones[domain] = (
@@ -301,7 +303,7 @@ def _settings(lab: Lab, subnets: Subnets, own: list[str], zones: list[str]) -> d
     values = {
         "addresses": own,
         "clients": subnets.gateway,
-        "domains": [DOMAIN, FORGED, STS_ONLY],
+        "domains": [DOMAIN, FORGED, STS_ONLY, SILENT],
         "zones": [{"name": zone, "signed": zone not in UNSIGNED} for zone in zones],
         "mail_folder": MAIL_FOLDER,
     }

@@ -34,7 +34,7 @@ from ansible.parsing.vault import VaultLib, VaultSecret
 from imapclient import IMAPClient
 from testinfra.host import Host
 
-# A correspondent's address; its domain can never exist (RFC 2606) and so says nothing about who may send for it.
+# A correspondent's address; its domain says nothing about who may send for it.
 OUTSIDER = "nguoidan@chua-khai-bao.example"
 TIMEOUT = 20
 T = TypeVar("T")
@@ -112,7 +112,7 @@ class Service:
     @contextmanager
     def smtp(self, address: str, port: int = 25, tls: bool = True) -> Iterator[smtplib.SMTP]:
         """A greeted SMTP session; on 465 under TLS from the start, elsewhere after STARTTLS unless told not to."""
-        name = "thu.chua-khai-bao.example"
+        name = "client.ben-ngoai.example"  # as the outside DNS calls this machine
         smtp: smtplib.SMTP
         if port == 465:
             smtp = smtplib.SMTP_SSL(address, port, local_hostname=name, timeout=TIMEOUT, context=self.trust)

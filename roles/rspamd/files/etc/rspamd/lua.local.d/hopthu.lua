@@ -190,11 +190,11 @@ local function judge_outgoing(task, refuse, defer)
   for _, name in ipairs({ 'From', 'Sender' }) do
     local found = addresses(task, name)
     if not found then
-      refuse('' .. name .. ': holds no address')
+      refuse(name .. ': holds no address')
     end
     for _, address in ipairs(found or {}) do
       if address ~= sender then
-        refuse('' .. name .. ': ' .. address .. ' is not the address you send with')
+        refuse(name .. ': ' .. address .. ' is not the address you send with')
       end
     end
   end
@@ -255,8 +255,16 @@ rspamd_config:register_symbol({
         task:set_pre_result('reject', (text:gsub('[^\32-\126]', '?')), NAME, nil, 100)
       end
     end
+    local action = task:has_pre_result() and task:get_metric_action()
+    if action == 'reject' then
+      return
+    end
+    -- Greylisting or a limit puts it off already; what is to be refused need not come again.
+    local put_off = action == 'soft reject'
     local function defer(text)
-      task:set_pre_result('soft reject', text, NAME, nil, 90)
+      if not put_off then
+        task:set_pre_result('soft reject', text, NAME, nil, 90)
+      end
     end
     local outgoing = task:get_user() ~= nil
     local ip = task:get_from_ip()
@@ -270,10 +278,6 @@ rspamd_config:register_symbol({
 
     if task:has_symbol('SENDING_LIMIT') then
       logger.errx(task, 'alarm sending-limit: %s as %s', task:get_user(), (task:get_from('smtp') or { {} })[1].addr)
-    end
-    local action = task:get_metric_action()
-    if task:has_pre_result() and (action == 'reject' or action == 'soft reject') then
-      return
     end
 
     local virus = task:get_symbol('VIRUS_FOUND')
