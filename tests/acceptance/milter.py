@@ -11,6 +11,7 @@ from service import Service, wait
 # The test pattern that every spam filter knows.
 GTUBE = "XJS*C4JDBQADN1.NSBN3*2IDNEN*GTUBE-STANDARD-ANTI-UBE-TEST-EMAIL*C.34X"
 SETTINGS = "/etc/rspamd/rspamd.conf.override"
+BAYES = "/etc/rspamd/override.d/classifier-bayes.conf"
 ACTIONS = "/etc/rspamd/override.d/actions.conf"
 MILTER = "exec 3<>/dev/tcp/127.0.0.1/11332"
 

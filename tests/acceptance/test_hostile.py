@@ -128,7 +128,7 @@ def test_oversized_header_does_not_harm(service: Service, mailbox: Mailbox, mx: 
                 client.socket.sendall(b"X-%d: " % number + b"x" * 990 + b"\r\n")
             client.socket.sendall(b"\r\nbody\r\n")
         code, text = client.say(b".")
-        assert code == 250 or 500 <= code < 600, text
+        assert code == 250 or 400 <= code < 600, text
     assert ordinary_mail_flows(mailbox, mx) < TIMEOUT
 
 
@@ -150,13 +150,13 @@ def test_ten_thousand_recipients_are_not_taken(service: Service, mailbox: Mailbo
 def test_slow_clients_leave_room_for_others(service: Service, mailbox: Mailbox, port: int) -> None:
     """Two hundred connections from the outside host that say next to nothing, while mail comes and is read here."""
     attacker = (
-        "import socket, time; taken = []\n"
+        "import socket, sys; taken = []\n"
         "for _ in range(200):\n"
         "    try:\n"
-        f"        taken.append(socket.create_connection(('{service.address}', {port}), timeout=1))\n"
+        f"        taken.append(socket.create_connection(('{service.address}', {port}), timeout=0.1))\n"
         "        taken[-1].send(b'E')\n"
         "    except OSError: pass\n"
-        "print(len(taken), flush=True); time.sleep(60)\n"
+        "print(len(taken), flush=True); sys.stdin.read()\n"
     )
     with service.python("outside", attacker) as process:
         assert process.stdout is not None

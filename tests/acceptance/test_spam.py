@@ -6,13 +6,14 @@ import io
 import random
 import re
 import secrets
+import smtplib
 import zipfile
 from collections.abc import Callable
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 
 import pytest
-from milter import ACTIONS, GTUBE, SETTINGS, filter_hosts, setting, without
+from milter import ACTIONS, BAYES, GTUBE, SETTINGS, filter_hosts, setting, without
 from service import OUTSIDER, Mailbox, Service, letter, message_id, wait
 
 SPAM = ["DL-6.5", "HT-4.1a", "CT-6.2"]
@@ -60,7 +61,9 @@ def test_spam_lands_in_junk_where_nothing_is_refused(service: Service, mailbox: 
     """Marked, and never dropped."""
     message = letter(OUTSIDER, mailbox.address, text=GTUBE)
     message["X-Spam"] = "No"
-    with setting(service, ACTIONS, {"reject = 15": "reject = null"}):
+    # At once: the retry of a sender's host, after greylisting, is not what is looked at here.
+    at_once = {"greylist {\n  enabled = true;": "greylist {\n  enabled = false;"}
+    with setting(service, ACTIONS, {"reject = 15": "reject = null"}), setting(service, SETTINGS, at_once):
         code, text = handed_in(service, message, mailbox.address, service.address)
     assert code == 250, text
     received = message_from_bytes(mailbox.take(message_id(message.as_bytes()), "Junk"), policy=policy.default)
@@ -86,37 +89,34 @@ def test_moves_to_and_from_junk_teach(service: Service, mailbox: Mailbox) -> Non
     def text(kind: str) -> str:
         return " ".join(random.choices(words[kind], k=80))
 
-    def taught() -> int:
-        found = re.search(r"Messages learned: (\d+)", service.run(store, "rspamc -h /run/rspamd/learning.sock stat"))
-        assert found
-        return int(found[1])
-
     def is_spam() -> bool:
         started = float(service.run(store, "date +%s.%N"))
-        identifier = service.send(
-            letter(OUTSIDER, mailbox.address, text=text("spam")), mailbox.address, service.address
-        )
-        lines = wait(
-            "the judgement", lambda: service.journal(store, started, re.escape(identifier[1:-1]) + ".*default:")
-        )
+        message = letter(OUTSIDER, mailbox.address, text=text("spam"))
+        handed_in(service, message, mailbox.address, service.address)  # spam waits in the greylist; it is judged
+        pattern = re.escape(message["Message-ID"][1:-1]) + ".*default:"
+        lines = wait("the judgement", lambda: service.journal(store, started, pattern))
         return "BAYES_SPAM" in lines[0]
 
-    with mailbox.imap() as imap:
+    def move(subject: str, goal: str) -> None:
+        imap.move(imap.search(["SUBJECT", subject]), goal)
+        wait("what was moved is learned", lambda: not service.run(store, "ls /var/lib/dovecot/learning"), 90)
+
+    # With a memory of its own, so that the test neither depends on what was learned before nor leaves anything there.
+    memory = {"min_learns = 20;": f'min_learns = 20;\nprefix = "thu-{secrets.token_hex(4)}";'}
+    with setting(service, BAYES, memory), mailbox.imap() as imap:
         for kind in ("spam", "ham"):
             for _ in range(21):
                 imap.append("INBOX", letter(OUTSIDER, mailbox.address, kind, text(kind)).as_bytes())
         imap.select_folder("INBOX")
-        before = taught()
-        imap.move(imap.search(), "Junk")
-        wait("what was moved to Junk is learned", lambda: taught() >= before + 42, 120)
+        move("spam", "Junk")
+        move("ham", "Junk")
+        assert not is_spam()  # nothing is known yet of what is wanted
         imap.select_folder("Junk")
-        imap.move(imap.search(["SUBJECT", "ham"]), "INBOX")
-        wait("what was taken out of Junk is learned", lambda: taught() >= before + 63, 120)
+        move("ham", "INBOX")
         assert is_spam()
         imap.select_folder("Junk")
-        imap.move(imap.search(["SUBJECT", "spam"]), "INBOX")
-        wait("what was taken back is learned", lambda: taught() >= before + 84, 120)
-    assert not is_spam()
+        move("spam", "INBOX")
+        assert not is_spam()
 
 
 def test_deleting_junk_teaches_nothing(service: Service, mailbox: Mailbox) -> None:
@@ -133,7 +133,9 @@ def test_deleting_junk_teaches_nothing(service: Service, mailbox: Mailbox) -> No
             imap.select_folder("Trash")
             assert imap.search()
             assert "ham." not in service.run(store, waiting)
-        wait("it is learned when the filter is back", lambda: not service.run(store, waiting), 150)
+        assert service.run(store, "systemctl is-active junk-learning.timer") == "active"
+        service.run(store, "systemctl start junk-learning.service")  # as the timer does after a minute
+        assert not service.run(store, waiting), "the filter is back and it is not learned"
 
 
 @pytest.mark.requirement("DL-6.5", "N-PDPL")
@@ -143,7 +145,7 @@ def test_junk_expires(service: Service, mailbox: Mailbox) -> None:
     with mailbox.imap() as imap:
         for folder in ("INBOX", "Junk"):
             imap.append(folder, letter(OUTSIDER, mailbox.address).as_bytes())
-        assert service.run(store, "systemctl is-active junk-expiry.timer") == "active\n"
+        assert service.run(store, "systemctl is-active junk-expiry.timer") == "active"
         command = service.run(store, "sed -n 's/^ExecStart=//p' /etc/systemd/system/junk-expiry.service").strip()
         assert command.endswith("savedbefore 30d"), command
 
@@ -225,13 +227,15 @@ def test_peers_filter_is_the_second_choice(service: Service, mailbox: Mailbox) -
 def test_without_any_filter_mail_waits(service: Service, mailbox: Mailbox) -> None:
     """In both directions; nothing passes unseen, and it arrives when the filter is back."""
     incoming, outgoing = letter(OUTSIDER, mailbox.address), letter(mailbox.address, mailbox.address)
+    ways: list[Callable[[], object]] = [
+        lambda: service.send(incoming, mailbox.address, service.address),
+        lambda: mailbox.submit(outgoing, mailbox.address, service.address),
+    ]
     with without(service, "rspamd", filter_hosts(service)):
-        with service.smtp(service.address) as smtp:
-            assert smtp.mail(OUTSIDER)[0] == 451 or smtp.rcpt(mailbox.address)[0] == 451
-        with service.smtp(service.address, 587) as smtp:
-            code = smtp.login(mailbox.address, mailbox.password)[0]
-            assert code == 235
-            assert smtp.mail(mailbox.address)[0] == 451 or smtp.rcpt(mailbox.address)[0] == 451
+        for way in ways:
+            with pytest.raises(smtplib.SMTPResponseException) as caught:
+                way()
+            assert caught.value.smtp_code in (451, 454), caught.value  # 454: at STARTTLS
     assert handed_in(service, incoming, mailbox.address, service.address)[0] == 250
     assert submitted(mailbox, outgoing, [mailbox.address])[0] == 250
     for message in (incoming, outgoing):
@@ -254,7 +258,7 @@ def test_without_its_memory_the_filter_goes_on(service: Service, mailbox: Mailbo
 def test_filters_page_needs_its_password(service: Service) -> None:
     """The right one opens it, so that a wrong one is refused for being wrong."""
     store = service.in_group("mailstore")[0]
-    for word, answer in ((service.secrets["vault_rspamd_controller_password"], "200"), ("q1", "403"), ("", "403")):
+    for word, answer in ((service.secrets["vault_rspamd_controller_password"], "200"), ("q1", "401"), ("", "401")):
         script = (
             "import urllib.request, urllib.error\n"
             f"request = urllib.request.Request('http://127.0.0.1:11335/stat', headers={{'Password': {word!r}}})\n"

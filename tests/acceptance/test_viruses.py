@@ -110,8 +110,11 @@ def test_encrypted_archive_goes_to_junk(service: Service, mailbox: Mailbox) -> N
 
 
 def test_archive_bomb_ends_and_does_not_pass_unseen(service: Service, mailbox: Mailbox) -> None:
-    """More than is looked at: into Junk by the policy, in a bearable time. A virus behind much of nothing is found."""
-    bomb = packed(*((f"{i}.zip", packed(("x", bytes([i]) * 40 * MEGABYTE))) for i in range(8)))
+    """More than is looked at: into Junk by the policy, in a bearable time. A virus behind much of nothing is found.
+
+    The archives inside are not called archives, which would be a sign of spam and lead to Junk as well.
+    """
+    bomb = packed(*((f"{i}.dat", packed(("x", bytes([i]) * 40 * MEGABYTE))) for i in range(8)))
     assert len(bomb) < MEGABYTE
     message = with_attachment(letter(OUTSIDER, mailbox.address), bomb, "a.zip")
     with service.smtp(service.address) as smtp:
@@ -207,20 +210,20 @@ def test_tunnel_lets_in_peers_only(service: Service) -> None:
     here, there = filter_hosts(service)[:2]
     own = "/etc/ssl/hopthu"
     make = (
-        "cd $(mktemp -d); openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2 -keyout key.pem"
-        f" -out cert.pem -subj /CN={here}.{service.domain} -addext subjectAltName=DNS:{here}.{service.domain} 2>&-; "
+        "cd $(mktemp -d); chmod 755 .; openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -days 2"
+        f" -keyout key.pem -out cert.pem -subj /CN={here}.{service.domain}"
+        f" -addext subjectAltName=DNS:{here}.{service.domain} 2>&-; chmod 644 key.pem; "
     )
     for family in ("v4", "v6"):
         address = service.hosts[there]["addresses"][family]
         target = f"[{address}]:13310" if ":" in address else f"{address}:13310"
+        # As the tunnel's own user: the firewall lets nobody else of this host get as far as the door.
         ask = (
-            "(printf 'zPING\\0'; sleep 2) | openssl s_client -quiet -verify_return_error"
-            f" -CAfile {own}/ca.pem -connect {target}"
+            "(printf 'zPING\\0'; sleep 1) | setpriv --reuid stunnel4 --regid ssl-cert --clear-groups openssl s_client"
+            f" -quiet -verify_return_error -CAfile {own}/ca.pem -connect {target}"
         )
         answers = {
-            "own": service.inside(here)
-            .run(f"{ask} -cert /etc/ssl/hopthu/cert.pem -key /etc/ssl/hopthu/key.pem")
-            .stdout,
+            "own": service.inside(here).run(f"{ask} -cert {own}/cert.pem -key {own}/key.pem").stdout,
             "none": service.inside(here).run(ask).stdout,
             "made": service.inside(here).run(f"{make}{ask} -cert cert.pem -key key.pem").stdout,
         }

@@ -26,6 +26,9 @@ config.regexp['GTUBE_PATTERN'] = {
   description = 'The test pattern for spam filters',
 }
 
+-- A header by which the sender's side says that this is spam. Anybody can write it.
+config.regexp['SPAM_FLAG'] = nil
+
 -- Viruses ----------------------------------------------------------------------------------------------------------
 -- Not by Rspamd's antivirus module: it lets a message pass when clamd answers with an error, such as for a full disk.
 -- Here a message goes on only when clamd has said so. Whole messages, whoever sends them; nothing is remembered, since
