@@ -154,9 +154,10 @@ class Service:
         return int(code), str(text)
 
     @contextmanager
-    def python(self, host: str, script: str) -> Iterator[subprocess.Popen[str]]:
-        """A Python program on a host, with pipes to talk to it; it ends with the block."""
-        command = ["ssh", "-F", str(self.ssh_config), host, "python3 -c " + shlex.quote(script)]
+    def python(self, host: str, script: str, user: str = "root") -> Iterator[subprocess.Popen[str]]:
+        """A Python program of a user on a host, with pipes to talk to it; it ends with the block."""
+        call = f"runuser -u {user} -- python3 -c {shlex.quote(script)}"
+        command = ["ssh", "-F", str(self.ssh_config), host, call]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         try:
             yield process

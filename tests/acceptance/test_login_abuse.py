@@ -71,11 +71,17 @@ INNOCENT = ("203.0.113.9", "2001:db8:99::9")
 
 
 def guess(
-    service: Service, host: str, target: str, guesses: list[tuple[int, str, str]], source: str = "", parallel: int = 1
+    service: Service,
+    host: str,
+    target: str,
+    guesses: list[tuple[int, str, str]],
+    source: str = "",
+    parallel: int = 1,
+    user: str = "root",
 ) -> Counter[str]:
     """Send guesses (port, login, password) from a host; how many were refused, got another answer, reached nobody."""
     go: dict[str, Any] = {"target": target, "guesses": guesses, "source": source, "parallel": parallel, "patience": 20}
-    with service.python(host, GUESS) as process:
+    with service.python(host, GUESS, user) as process:
         output, _ = process.communicate(json.dumps(go))
     return Counter(json.loads(output))
 
@@ -190,8 +196,12 @@ def test_guessing_at_the_directory_is_shut_out(
     assert answers["refused"] >= 5, answers
     shut_out(service, provider, source)
     assert not knocks(service, source, target, 636)
-    with service.ldap(mailbox.dn, mailbox.password) as session:
-        assert session.bound, "the victim's account is locked in the directory"
+
+    def logs_in() -> bool:
+        with service.ldap(mailbox.dn, mailbox.password) as session:
+            return bool(session.bound)
+
+    wait("the victim's lock is lifted", logs_in, 60)
 
 
 def test_login_names_cannot_shut_out_others(
@@ -243,7 +253,10 @@ def test_trusted_addresses_are_never_shut_out(service: Service, store: str, who:
                 pass
     elif who == "peer":
         peer = next(name for name in service.in_group("mx") if name != store)
-        answers = guess(service, peer, target, guesses, service.hosts[peer]["addresses"][family], parallel=12)
+        # A mail exchanger reaches the directory alone, and only as Postfix.
+        guesses = [(636, f"uid=khong-co-{i},{service.base}", "sai") for i in range(12)]
+        source = service.hosts[peer]["addresses"][family]
+        answers = guess(service, peer, target, guesses, source, parallel=12, user="postfix")
         assert answers["refused"] == 12, answers
     else:
         answers = guess(service, store, target, guesses, target, parallel=12)
@@ -256,7 +269,7 @@ def test_trusted_addresses_are_never_shut_out(service: Service, store: str, who:
     assert not shut & trusted
     assert accepts(target, 993)
     if who == "peer":
-        assert guess(service, peer, target, guesses[:1], service.hosts[peer]["addresses"][family])["refused"] == 1
+        assert guess(service, peer, target, guesses[:1], source, user="postfix")["refused"] == 1
 
 
 def test_ban_outlives_the_firewall_and_ends_on_request(

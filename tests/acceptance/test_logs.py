@@ -114,7 +114,7 @@ def test_only_the_daemons_searches_stay_on_the_host(
     service: Service, kept: Callable[[str, str, str], list[str]], mailbox: Mailbox
 ) -> None:
     host, began = service.in_group("directory")[0], time.time()
-    hidden = f"cn=x SRCH base={secrets.token_hex(6)},{service.base}"
+    hidden = f"cn=x SRCH {secrets.token_hex(6)},{service.base}"
     with mailbox.imap(), service.ldap(hidden, "sai"):
         pass
     wait("the failed bind on the log host", lambda: kept(host, "slapd", hidden), MINUTE)

@@ -85,10 +85,11 @@ def recent_failures(seconds, trusted):
         text = str(entry.get("MESSAGE", ""))
         if line := DOVECOT.match(text):
             found.append((("mail", line["login"]), source(line["address"])))
-        elif line := SLAPD.match(text):
-            where = source(line["address"])
-            if not within(where, trusted):
-                found.append((("dn", ast.literal_eval(line["dn"])), where))
+        # The address itself: an attacker may share a /64 with a host of ours.
+        elif (line := SLAPD.match(text)) and not within(
+            ipaddress.ip_network(line["address"].removeprefix("::ffff:")), trusted
+        ):
+            found.append((("dn", ast.literal_eval(line["dn"])), source(line["address"])))
     return found
 
 
