@@ -7,6 +7,7 @@ the DNS. Exit code 1 when a login, a submission or a reading failed, or when a r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -23,7 +24,10 @@ GROUPS = ["openldap", "valkey", "rspamd"]
 
 
 class Traffic(threading.Thread):
-    """One message after the other, from the first unit to the second, until it is told to stop."""
+    """One message after the other, from each unit to the next in turn, until it is told to stop.
+
+    In turn, because a single login would come to its sending limit before the rotation ends.
+    """
 
     def __init__(self, service: Service) -> None:
         super().__init__(daemon=True)
@@ -34,8 +38,10 @@ class Traffic(threading.Thread):
 
     def run(self) -> None:
         """Submit, wait for the arrival and delete; a failure is noted and the next message goes its way."""
-        sender, recipient = (self.service.unit(name.partition("@")[0]) for name in list(self.service.units)[:2])
-        while not self.stop.is_set():
+        units = [self.service.unit(name.partition("@")[0]) for name in self.service.units]
+        for sender, recipient in itertools.pairwise(itertools.cycle(units)):
+            if self.stop.is_set():
+                return
             try:
                 message = letter(sender.address, recipient.address)
                 identifier = sender.submit(message, recipient.address, self.service.address)
