@@ -119,6 +119,18 @@ local function addresses(task, name)
   return found
 end
 
+-- Whether a part is a Windows program: the header that its first bytes lead to is there. Rspamd takes whatever begins
+-- with MZ for one, a text or something encrypted too.
+local function is_program(part)
+  local content = tostring(part:get_content())
+  if #content < 64 then
+    return false
+  end
+  local at = util.unpack('<I4', content:sub(61, 64))
+  local header = content:sub(at + 1, at + 4)
+  return header == 'PE\0\0' or header:sub(1, 2) == 'NE' or header:sub(1, 2) == 'LE'
+end
+
 -- The first attachment whose name, or whose content, is of a kind that is refused; in archives by name.
 local function refused_attachment(task)
   local function refused(name)
@@ -132,7 +144,7 @@ local function refused_attachment(task)
       return name
     end
     local kind = part:get_detected_ext()
-    if kind and refused_extensions[kind] then
+    if kind and refused_extensions[kind] and (kind ~= 'exe' or is_program(part)) then
       return name or kind
     end
     if part:is_archive() then
