@@ -80,7 +80,9 @@ def message(recipient: str, run: str) -> bytes:
     made["Date"], made["Message-ID"] = formatdate(), make_msgid(domain="thu-nghiem.example")
     made.set_content("".join(base64.b64encode(os.urandom(57)).decode() + "\n" for _ in range(OCTETS // 2 // 78)))
     # Not random from the first octet on: now and then one would begin like a program, which is refused.
-    made.add_attachment(b"bench" + os.urandom(OCTETS // 2 * 57 // 78), "application", "octet-stream", filename="bench.bin")
+    made.add_attachment(
+        b"bench" + os.urandom(OCTETS // 2 * 57 // 78), "application", "octet-stream", filename="bench.bin"
+    )
     return made.as_bytes()
 
 
