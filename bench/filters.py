@@ -66,7 +66,7 @@ import hashlib
 with open("{SIGNATURES}.hdb", "w") as hashes:
     for i in range({HASHES}):
         hashes.write(f"{{hashlib.md5(b'bench %d' % i).hexdigest()}}:{{1000 + i}}:Bench.Hash-{{i}}\\n")
-    hashes.write(f"{{hashlib.md5({LAST_HASH}).hexdigest()}}:{len(LAST_HASH)}:Bench.Hash-last\\n")
+    hashes.write(f"{{hashlib.md5({LAST_HASH!r}).hexdigest()}}:{len(LAST_HASH)}:Bench.Hash-last\\n")
 with open("{SIGNATURES}.ndb", "w") as bodies:
     for i in range({BODIES}):
         bodies.write(f"Bench.Body-{{i}}:0:*:{{hashlib.sha256(b'bench %d' % i).hexdigest()[:48]}}\\n")
