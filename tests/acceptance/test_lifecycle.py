@@ -583,6 +583,7 @@ def test_what_is_exported_loads_without_a_change(settled: Story, form: str, tmp_
     assert run.status == 0, run.output
     folder = settled.files.folder / "directory"
     settled.apply()
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for name in ("units.yml", "people.yml"):
         (folder / name).unlink()
     for path in tmp_path.iterdir():
@@ -594,6 +595,8 @@ def test_what_is_exported_loads_without_a_change(settled: Story, form: str, tmp_
     finally:
         for path in tmp_path.iterdir():
             (folder / path.name).unlink()
+        for path, data in before.items():
+            path.write_bytes(data)
 
 
 # --- the end of a unit
