@@ -77,7 +77,6 @@ def ssh(service: Service, host: str, *options: str) -> subprocess.CompletedProce
     return subprocess.run([*command, "true"], capture_output=True, text=True, timeout=30, check=False)
 
 
-@pytest.mark.requirement("CT-6.2")
 def test_ssh_takes_keys_only(service: Service) -> None:
     for host in service.hosts:
         refused = ssh(service, host, "-o", "PubkeyAuthentication=no")

@@ -144,7 +144,6 @@ def shut_out(service: Service, store: str, address: str) -> None:
     wait(f"{address} is shut out", lambda: address in banned(service, store), 30)
 
 
-@pytest.mark.requirement("HT-4.1a")
 def test_guessing_from_one_address_is_shut_out_with_one_alarm(
     service: Service, store: str, attacker: dict[str, str], mailbox: Mailbox, family: str
 ) -> None:
@@ -163,7 +162,6 @@ def test_guessing_from_one_address_is_shut_out_with_one_alarm(
         assert client.select_folder("INBOX")
 
 
-@pytest.mark.requirement("HT-4.1a")
 def test_victim_logs_in_although_the_attack_locked_the_account(
     service: Service, store: str, attacker: dict[str, str], mailbox: Mailbox, family: str
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 from milter import ACTIONS, BAYES, GTUBE, SETTINGS, filter_hosts, setting, without
 from service import OUTSIDER, Mailbox, Service, letter, message_id, wait
 
-SPAM = ["DL-6.5", "HT-4.1a", "CT-6.2"]
+SPAM = ["DL-6.5"]
 SENDING = ["DL-8.6", "HT-6.6", "CT-8.8", "LC-11.6", "N-91"]
 # Not the EICAR file itself, which virus scanners would find in this checkout.
 EICAR = "X5O!P%@AP[4\\PZX54(P^)7CC)7}$" + "EICAR-STANDARD-ANTIVIRUS-TEST-FILE!$H+H*"
@@ -138,7 +138,7 @@ def test_deleting_junk_teaches_nothing(service: Service, mailbox: Mailbox) -> No
         assert not service.run(store, waiting), "the filter is back and it is not learned"
 
 
-@pytest.mark.requirement("DL-6.5", "N-PDPL")
+@pytest.mark.requirement("DL-6.5")
 def test_junk_expires(service: Service, mailbox: Mailbox) -> None:
     """By the nightly unit, whose 30 days the test cannot wait for: its own command with a second instead."""
     store = service.in_group("mailstore")[0]
@@ -159,7 +159,7 @@ def test_junk_expires(service: Service, mailbox: Mailbox) -> None:
         assert imap.search()
 
 
-@pytest.mark.requirement("DL-6.6", "HT-4.1a")
+@pytest.mark.requirement("DL-6.6")
 @pytest.mark.parametrize("way", ["submission", "from outside"])
 @pytest.mark.parametrize("name", ["bao-cao.exe", "bao-cao.pdf.JS", "bao-cao.zip", "bao-cao.doc"])
 def test_programs_are_refused_as_attachments(service: Service, mailbox: Mailbox, name: str, way: str) -> None:
@@ -218,7 +218,6 @@ def test_sending_is_limited(service: Service, new_mailbox: Callable[..., Mailbox
     assert any(f"{second.address} as {unit.address}" in line for line in alarms), alarms
 
 
-@pytest.mark.requirement("DL-6.3", "HT-4.1a", "CT-6.2")
 def test_peers_filter_is_the_second_choice(service: Service, mailbox: Mailbox) -> None:
     first, second = filter_hosts(service)[:2]
     with without(service, "rspamd", [first]):
@@ -230,7 +229,7 @@ def test_peers_filter_is_the_second_choice(service: Service, mailbox: Mailbox) -
         assert service.journal(second, started, re.escape(identifier[1:-1]) + ".*default:")
 
 
-@pytest.mark.requirement("DL-6.6", "HT-4.1a", "CT-6.2", "N-116-17.3")
+@pytest.mark.requirement("DL-6.6", "N-116-17.3")
 def test_without_any_filter_mail_waits(service: Service, mailbox: Mailbox) -> None:
     """In both directions; nothing passes unseen, and it arrives when the filter is back."""
     incoming, outgoing = letter(OUTSIDER, mailbox.address), letter(mailbox.address, mailbox.address)
@@ -249,7 +248,7 @@ def test_without_any_filter_mail_waits(service: Service, mailbox: Mailbox) -> No
         mailbox.take(message_id(message.as_bytes()))
 
 
-@pytest.mark.requirement("DL-6.3", "DL-6.6", "HT-4.1a")
+@pytest.mark.requirement("DL-6.6")
 def test_without_its_memory_the_filter_goes_on(service: Service, mailbox: Mailbox) -> None:
     """Mail flows, signed; a virus is refused."""
     with without(service, "valkey-server", filter_hosts(service)):
@@ -261,7 +260,7 @@ def test_without_its_memory_the_filter_goes_on(service: Service, mailbox: Mailbo
     assert f"d={service.domain};".encode() in mailbox.take(identifier)
 
 
-@pytest.mark.requirement("DL-6.4", "HT-4.1a")
+@pytest.mark.requirement("DL-6.4")
 def test_filters_page_needs_its_password(service: Service) -> None:
     """The right one opens it, so that a wrong one is refused for being wrong."""
     store = service.in_group("mailstore")[0]
