@@ -110,15 +110,13 @@ def write_inventory(
     stand links to the province's group_vars and directory.
     """
     tree = province_tree(province, lab)
-    membership = groups(tree)
-    service = next((host for host in hosts if "directory" in membership[host]), next(iter(hosts)))
     networks = [str(subnets.v4), str(subnets.v6)]
     known = lab.build / "ssh" / "known_hosts"
     common = {
         "ansible_user": "root",
         "ansible_ssh_private_key_file": str(lab.build / "ssh" / "id_ed25519"),
         "ansible_ssh_common_args": f"-o 'UserKnownHostsFile=\"{known}\"' -o StrictHostKeyChecking=yes",
-        "mail_service_addresses": hosts[service],
+        "mail_service_addresses": _service_addresses(tree, subnets, hosts),
         "mail_management_networks": networks,
         "mail_user_networks": networks,
     }
@@ -155,6 +153,16 @@ def write_inventory(
         f"# Made by lab/lab.py from inventories/{province.name}/hosts.yml.\n{text}",
         encoding="utf-8",
     )
+
+
+def _service_addresses(tree: dict[str, Any], subnets: Subnets, hosts: dict[str, list[str]]) -> list[str]:
+    """The addresses of the host that has the province's service addresses; those that move when no host has them."""
+    wanted = (tree["all"].get("vars") or {}).get("mail_service_addresses") or []
+    for _path, group in _walk("all", tree["all"], ()):
+        for host, values in (group.get("hosts") or {}).items():
+            if set(wanted) & set((values or {}).get("host_addresses") or []):
+                return hosts[host]
+    return subnets.addresses(-2)
 
 
 class _NoAliases(yaml.SafeDumper):

@@ -83,7 +83,10 @@ class Lab:
 
 @dataclass(frozen=True)
 class Subnets:
-    """The two networks of a lab; the province's hosts are numbered from .11 and ::11 on, the outside one has .10."""
+    """The two networks of a lab; the province's hosts are numbered from .11 and ::11 on, the outside one has .10.
+
+    An address that moves between two hosts is .9 and ::9.
+    """
 
     v4: IPv4Network
     v6: IPv6Network
@@ -94,7 +97,10 @@ class Subnets:
         return [str(self.v4[1]), str(self.v6[1])]
 
     def addresses(self, index: int) -> list[str]:
-        """IPv4 and IPv6 address of host number `index` (from 0), written alike: .11 and ::11; -1 is the one outside."""
+        """IPv4 and IPv6 address of host number `index` (from 0), written alike: .11 and ::11.
+
+        -1 is the host outside, -2 the address that moves.
+        """
         return [str(self.v4[11 + index]), str(self.v6[int(str(11 + index), 16)])]
 
 
@@ -330,9 +336,27 @@ def _create(lab: Lab, host: str, addresses: list[str], image: str, limits: Seque
         "--shm-size=512m",
         *limits,
         *("--volume", f"{archives}:/var/cache/apt/archives"),
+        *_store_disk(lab, host),
         image,
         failure=f"{lab.container(host)} could not be made",
     )
+
+
+def _store_disk(lab: Lab, host: str) -> list[str]:
+    """The option that gives a host a small disk of its own for the mail store; nothing unless HOPTHU_LAB_STORE_MIB is set.
+
+    With it a test can fill the store's disk and not this machine's.
+    """
+    size = os.environ.get("HOPTHU_LAB_STORE_MIB")
+    if not size:
+        return []
+    folder, image = lab.build / "disks" / host, lab.build / "disks" / f"{host}.img"
+    if not folder.is_mount():
+        folder.mkdir(parents=True, exist_ok=True)
+        machine.run(["truncate", "-s", f"{size}M", image], "The store's disk could not be made")
+        machine.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], "The store's disk could not be made")
+        machine.run(["mount", "-o", "loop", image, folder], "The store's disk could not be mounted")
+    return ["--volume", f"{folder}:/srv/vmail"]
 
 
 def _package_cache(lab: Lab, host: str) -> Path:
@@ -465,6 +489,9 @@ def destroy(lab: Lab) -> None:
         images = podman("images", "--filter", only, "--format", "{{.Id}}", failure="podman")
         if images.split():
             podman("rmi", *images.split(), failure="The base image could not be removed")
+    for disk in sorted((lab.build / "disks").glob("*.img")):
+        if disk.with_suffix("").is_mount():
+            machine.run(["umount", disk.with_suffix("")], "The store's disk could not be unmounted")
     if lab.build.exists():
         shutil.rmtree(lab.build)
     lab.result.unlink(missing_ok=True)

@@ -214,8 +214,6 @@ def status(lab: Lab) -> None:
                 wrong.append(f"{unit} on {host} is {unit_state}: {inside} journalctl -u {unit}")
         expected = [(address, 22) for address in addresses]
         expected += [(address, 25) for address in addresses if "mx" in membership[host]]
-        if service[0] == addresses[0]:
-            expected += [(address, port) for address in service for port in SERVICE_PORTS]
         closed = [pair for pair in expected if not _answers(*pair)]
         for address in sorted({address for address, _ in closed}):
             numbers = " ".join(str(port) for where, port in closed if where == address)
@@ -224,6 +222,9 @@ def status(lab: Lab) -> None:
         print(f"{host:<10} {state}, systemd {systemd}  {'  '.join(addresses)}")
         print(f"{'':<10} {', '.join(states)}")
         print(f"{'':<10} answers on {' '.join(map(str, ports)) or 'no port'}")
+    closed = [(address, port) for address in service for port in SERVICE_PORTS if not _answers(address, port)]
+    wrong += [f"{address}, where clients go, does not answer on {port}" for address, port in closed]
+    print(f"{'service':<10} {'  '.join(service)}  {'answers' if not closed else 'does not answer'}")
     wrong += _outside_status(lab)
     size = hosts.cache_bytes() / 1024**2
     print(f"package cache {hosts.cache_folder()}: {size:.0f} MiB")

@@ -10,7 +10,7 @@ from ansible.plugins.action import ActionBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
-from hopthu.variables import Specification, inventory_problems, missing_values
+from hopthu.variables import Specification, inventory_problems, missing_values, topology_problems
 
 
 class ActionModule(ActionBase):
@@ -38,6 +38,10 @@ class ActionModule(ActionBase):
         problems = [line for source in sources for line in inventory_problems(source, known)]
         hosts = {name: variables["hostvars"][name] for name in variables["groups"]["all"]}
         problems += missing_values(known, hosts, sources[0])
+        if not problems:
+            addresses = {name: values["host_addresses"] for name, values in hosts.items()}
+            service = next(iter(hosts.values()))["mail_service_addresses"]
+            problems += topology_problems(variables["groups"], addresses, service, sources[0])
         if problems:
             result.update(failed=True, msg="\n".join([*problems, "Nothing has been changed."]))
         return result

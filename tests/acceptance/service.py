@@ -82,8 +82,13 @@ class Service:
         self.outside: dict[str, Any] = lab["outside"]
 
     def in_group(self, group: str) -> list[str]:
-        """Names of the hosts in a group, in the order of the inventory."""
-        return [name for name, host in self.hosts.items() if group in host["groups"]]
+        """Names of the hosts in a group, in the order of the inventory, but first the one that serves, if it is one."""
+        members = [name for name, host in self.hosts.items() if group in host["groups"]]
+        return sorted(members, key=lambda host: not self.serves(host)) if len(members) > 1 else members
+
+    def serves(self, host: str) -> bool:
+        """Whether a host has the service address now."""
+        return f" {self.address}/" in self.run(host, "ip -4 -o address")
 
     @functools.cache  # noqa: B019 - one Service lives as long as the run
     def inside(self, host: str) -> Host:
@@ -214,25 +219,27 @@ class Service:
         }
         with self.ldap_admin() as admin:
             admin.add(box.dn, classes, entry)
-        store = self.in_group("mailstore")[0]
         try:
             yield box
         finally:
-            self.run(store, f"rm -rf -- \"$(doveadm user -f home '{box.address}')\"")
             with self.ldap_admin() as admin:
                 admin.delete(box.dn)
+            for store in self.in_group("mailstore"):
+                self.run(store, f"rm -rf -- /srv/vmail/{uid}")
 
     # --- daemons and queues
 
     @contextmanager
-    def stopped(self, host: str, unit: str, port: int) -> Iterator[None]:
-        """The time without a daemon; afterwards it runs again, whatever happened, and answers on `port`."""
-        self.run(host, f"systemctl stop {unit}")
+    def stopped(self, hosts: list[str], unit: str, port: int) -> Iterator[None]:
+        """The time without a daemon on `hosts`; afterwards it runs again, whatever happened, and answers on `port`."""
         try:
+            for host in hosts:
+                self.run(host, f"systemctl stop {unit}")
             yield
         finally:
-            self.run(host, f"systemctl start {unit}")
-            wait(f"{unit} is back", lambda: accepts(self.hosts[host]["addresses"]["v4"], port))
+            for host in hosts:
+                self.run(host, f"systemctl start {unit}")
+                wait(f"{unit} is back", lambda host=host: accepts(self.hosts[host]["addresses"]["v4"], port))
 
     def forgive(self) -> None:
         """Start Dovecot anew. It lets an address from which logins failed wait longer each time, right ones too."""

@@ -38,8 +38,7 @@ def flush(service: Service) -> None:
 @pytest.mark.requirement("HT-2.3", "LC-5")
 def test_without_directory_recipients_get_4xx(service: Service, mailbox: Mailbox) -> None:
     """Nobody else knows who has a mailbox, so neither a known nor an unknown recipient gets a final answer."""
-    directory = service.in_group("directory")[0]
-    with service.stopped(directory, "slapd", 636):
+    with service.stopped(service.in_group("directory"), "slapd", 636):
         for recipient in (mailbox.address, f"khongcoai@{service.domain}"):
             answers = answers_at_rcpt(service, recipient)
             assert {code // 100 for code in answers.values()} == {4}, answers
@@ -49,12 +48,13 @@ def test_without_directory_recipients_get_4xx(service: Service, mailbox: Mailbox
 
 def test_hanging_directory_gives_4xx_in_time(service: Service, mailbox: Mailbox) -> None:
     """A directory that takes connections and never answers is worse than none; the client still gets its 4xx."""
-    directory = service.in_group("directory")[0]
-    service.run(directory, "systemctl kill --signal=STOP slapd")
     try:
+        for directory in service.in_group("directory"):
+            service.run(directory, "systemctl kill --signal=STOP slapd")
         answers = answers_at_rcpt(service, mailbox.address)
     finally:
-        service.run(directory, "systemctl kill --signal=CONT slapd")
+        for directory in service.in_group("directory"):
+            service.run(directory, "systemctl kill --signal=CONT slapd")
     assert {code // 100 for code in answers.values()} == {4}, answers
 
 
@@ -82,7 +82,7 @@ def test_without_directory_login_fails_for_now(service: Service, mailbox: Mailbo
             smtp.login(mailbox.address, mailbox.password)
         return str(caught.value)
 
-    with service.stopped(service.in_group("directory")[0], "slapd", 636), ThreadPoolExecutor(4) as pool:
+    with service.stopped(service.in_group("directory"), "slapd", 636), ThreadPoolExecutor(4) as pool:
         texts = [call.result() for call in [pool.submit(ask) for ask in (imap, pop, sieve, submission)]]
     for text, expected in zip(texts, ("[UNAVAILABLE]", "[SYS/TEMP]", "TRYLATER", "(45"), strict=True):
         assert expected in text
@@ -101,7 +101,7 @@ def send_through_all(service: Service, recipient: str) -> list[str]:
 
 
 def test_mail_waits_for_the_mail_store(service: Service, mailbox: Mailbox) -> None:
-    with service.stopped(service.in_group("mailstore")[0], "dovecot", 993):
+    with service.stopped(service.in_group("mailstore"), "dovecot", 993):
         identifiers = send_through_all(service, mailbox.address)
     flush(service)
     for identifier in identifiers:
@@ -110,12 +110,14 @@ def test_mail_waits_for_the_mail_store(service: Service, mailbox: Mailbox) -> No
 
 def test_accepted_mail_waits_for_the_directory(service: Service, mailbox: Mailbox) -> None:
     """The directory goes away after mail was accepted and before it is delivered: tried again, not returned."""
-    store, directory = service.in_group("mailstore")[0], service.in_group("directory")[0]
-    with service.stopped(directory, "slapd", 636):
-        with service.stopped(store, "dovecot", 993):
-            service.run(directory, "systemctl start slapd")
+    stores, providers = service.in_group("mailstore"), service.in_group("directory")
+    with service.stopped(providers, "slapd", 636):
+        with service.stopped(stores, "dovecot", 993):
+            for provider in providers:
+                service.run(provider, "systemctl start slapd")
             identifiers = send_through_all(service, mailbox.address)
-            service.run(directory, "systemctl stop slapd")
+            for provider in providers:
+                service.run(provider, "systemctl stop slapd")
         flush(service)
         for host in service.in_group("mx"):
             wait(

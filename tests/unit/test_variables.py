@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hopthu.variables import Specification, inventory_problems, missing_values
+from hopthu.variables import Specification, inventory_problems, missing_values, topology_problems
 
 CHECKOUT = Path(__file__).parents[2]
 KNOWN = Specification(
@@ -112,6 +112,34 @@ def test_missing_values(variables: dict[str, object], words: list[str]) -> None:
     assert len(problems) == len(words)
     for problem, expected in zip(problems, words, strict=True):
         assert expected in problem
+
+
+ADDRESSES = {"mail1": ["192.0.2.11"], "mail2": ["192.0.2.12"], "witness": ["192.0.2.13"]}
+PAIR = {name: ["mail1", "mail2"] for name in ("directory", "mailstore", "mx")} | {"quorum": ["witness"]}
+ONE = {name: ["mail1"] for name in ("directory", "mailstore", "mx")} | {"quorum": []}
+
+
+@pytest.mark.parametrize(
+    ("groups", "service", "words"),
+    [
+        pytest.param(PAIR, "192.0.2.10", None, id="a pair"),
+        pytest.param(ONE, "192.0.2.11", None, id="one host"),
+        pytest.param(ONE, "192.0.2.10", "must be those of mail1", id="one host, an address that nobody has"),
+        pytest.param(ONE | {"directory": ["mail2"]}, "192.0.2.11", "name different hosts", id="directory elsewhere"),
+        pytest.param(PAIR, "192.0.2.11", "are mail1's own", id="a pair, an address that does not move"),
+        pytest.param(PAIR | {"directory": ["mail1"]}, "192.0.2.10", "must stand in directory", id="one directory"),
+        pytest.param(PAIR | {"mx": ["mail2"]}, "192.0.2.10", "must stand in mx", id="one mail exchanger"),
+        pytest.param(PAIR | {"quorum": []}, "192.0.2.10", "name one other host in quorum", id="no third"),
+        pytest.param(PAIR | {"quorum": ["mail1"]}, "192.0.2.10", "name one other host in quorum", id="not a third"),
+        pytest.param(
+            PAIR | {"mailstore": ["mail1", "mail2", "witness"]}, "192.0.2.10", "kept on two", id="three stores"
+        ),
+    ],
+)
+def test_hosts_that_cannot_work_are_named(groups: dict[str, list[str]], service: str, words: str | None) -> None:
+    problems = topology_problems(groups, ADDRESSES, [service], Path("hosts.yml"))
+    assert len(problems) == (words is not None)
+    assert all(words in problem and problem.startswith("hosts.yml: ") for problem in problems if words)
 
 
 @pytest.mark.parametrize("source", sorted(CHECKOUT.glob("inventories/*/hosts.yml")), ids=lambda path: path.parent.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,4 +140,46 @@ def missing_values(known: Specification, hosts: Mapping[str, Mapping[str, Any]],
         for name, what in known.secrets.items()
         if not first.get(name)
     ]
+    return problems
+
+
+def topology_problems(
+    groups: Mapping[str, Sequence[str]], addresses: Mapping[str, Sequence[str]], service: Sequence[str], source: Path
+) -> list[str]:
+    """Return one sentence for each thing about the hosts that cannot work (HT-4.1a: one host, or two and a third).
+
+    `groups` maps the inventory's groups to their hosts, `addresses` each host to its own addresses; `service` are
+    mail_service_addresses; `source` is the inventory file, named in the advice.
+    """
+    stores, providers = list(groups.get("mailstore", [])), list(groups.get("directory", []))
+    quorum = list(groups.get("quorum", []))
+    owners = sorted(host for host, own in addresses.items() if set(own) & set(service))
+    if len(stores) > 2:
+        return [f"{source}: mailstore has {len(stores)} hosts, and a mailbox is kept on two: leave two there."]
+    if len(stores) < 2:
+        if providers and stores and providers != stores:
+            return [f"{source}: directory and mailstore name different hosts: name the same one in both."]
+        if owners != stores:
+            return [
+                f"{source}: mail_service_addresses must be those of {stores[0] if stores else 'the one host'}, "
+                "which alone keeps the mailboxes."
+            ]
+        return []
+    problems = []
+    for name, members in (("directory", providers), ("mx", list(groups.get("mx", [])))):
+        if not set(stores) <= set(members) or (name == "directory" and len(members) > 2):
+            problems.append(
+                f"{source}: the two hosts of mailstore ({', '.join(stores)}) take over from each other, so both, "
+                f"{'and no other, ' if name == 'directory' else ''}must stand in {name}."
+            )
+    if owners:
+        problems.append(
+            f"{source}: mail_service_addresses are {owners[0]}'s own, and with two hosts in mailstore they move from "
+            "one to the other: give addresses that no host has."
+        )
+    if len(quorum) != 1 or set(quorum) & set(stores):
+        problems.append(
+            f"{source}: two hosts in mailstore need a third that tells which of them goes on when they lose sight of "
+            "each other: name one other host in quorum."
+        )
     return problems
