@@ -32,6 +32,39 @@ options:
       - The entry then takes exactly these, as salted SHA-512 hashes; it is written only when it takes others.
     type: dict
     default: {}
+  secrets:
+    description:
+      - What stands in the text as C({secret:NAME}), between quotation marks; by name. Neither a diff nor a log shows it.
+    type: dict
+    default: {}
+  peers:
+    description:
+      - URIs of the other providers of the tree. One host, the O(writer), writes; the others wait until it has come to
+        them. A host without a tree makes none while a peer has one, but waits until that has come.
+    type: list
+    elements: str
+    default: []
+  writer:
+    description: This host is the one that writes.
+    type: bool
+    default: true
+  alone:
+    description: A peer that does not answer is gone for good, and a host without a tree need not wait for it.
+    type: bool
+    default: false
+  base:
+    description: Suffix of the tree, to ask O(peers) for.
+    type: str
+  replicator_dn:
+    description: Identity that O(peers) know this host by.
+    type: str
+  ca_file:
+    description: The authorities that the certificates of O(peers) are from.
+    type: path
+  wait_seconds:
+    description: How long to wait for the tree, seconds.
+    type: int
+    default: 900
 author: Hộp Thư
 """
 
@@ -52,12 +85,14 @@ changes:
 import io
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
-from ansible.module_utils.hopthu.entries import as_text, changes
+from ansible.module_utils.hopthu.entries import as_text, changes, insert, without_credentials
 from ansible.module_utils.hopthu.passwords import accepted, differences, ssha512
+from ansible.module_utils.hopthu.replica import ABSENT, SILENT, next_step, stamps
 
 try:
     import ldap
@@ -72,11 +107,12 @@ except ImportError:
 URI = "ldapi:///"
 CONFIG = Path("/etc/ldap/slapd.d")
 HIDDEN = frozenset({"userpassword", "olcrootpw"})
+POLL = 0.5  # seconds
 
 
-def parse(text):
-    """Return [(dn, attributes)] from LDIF `text`; C(include:) lines are left out."""
-    kept = "\n".join(line for line in text.splitlines() if not line.startswith(("include:", "#")))
+def parse(text, secrets):
+    """Return [(dn, attributes)] from LDIF `text` with its `secrets`; C(include:) lines are left out."""
+    kept = "\n".join(line for line in insert(text, secrets).splitlines() if not line.startswith(("include:", "#")))
     records = ldif.LDIFRecordList(io.BytesIO(kept.encode()))
     records.parse()
     return [(dn, dict(attributes)) for dn, attributes in records.all_records]
@@ -88,6 +124,84 @@ def connect():
     connection.set_option(ldap.OPT_NETWORK_TIMEOUT, 10)
     connection.sasl_external_bind_s()
     return connection
+
+
+def own_stamps(connection, base):
+    """Return how new the tree of this host is; None when there is none."""
+    try:
+        found = connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])
+    except ldap.NO_SUCH_OBJECT:
+        return None
+    return stamps(found[0][1].get("contextCSN", []))
+
+
+def peer_stamps(uri, base, replicator, words, ca_file):
+    """Return how new the tree of a peer is, ABSENT when it answers and has none, SILENT when it does not answer.
+
+    Raises ldap.LDAPError when it has a tree and does not show it.
+    """
+    connection = ldap.initialize(uri)
+    connection.set_option(ldap.OPT_NETWORK_TIMEOUT, 5)
+    connection.set_option(ldap.OPT_TIMEOUT, 10)
+    connection.set_option(ldap.OPT_X_TLS_CACERTFILE, ca_file)
+    connection.set_option(ldap.OPT_X_TLS_REQUIRE_CERT, ldap.OPT_X_TLS_DEMAND)
+    connection.set_option(ldap.OPT_X_TLS_NEWCTX, 0)
+    try:
+        try:
+            connection.search_s(base, ldap.SCOPE_BASE, attrlist=["1.1"])
+        except ldap.NO_SUCH_OBJECT:
+            return ABSENT
+        except ldap.INSUFFICIENT_ACCESS:
+            pass  # there is one; who asks without a name learns no more
+        for word in words:
+            try:
+                connection.simple_bind_s(replicator, word)
+            except ldap.INVALID_CREDENTIALS:
+                continue
+            return stamps(connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])[0][1]["contextCSN"])
+        return {}  # it does not know the identity yet: nobody can have copied anything from it
+    except (ldap.SERVER_DOWN, ldap.TIMEOUT, ldap.CONNECT_ERROR):
+        return SILENT
+    finally:
+        connection.unbind_s()
+
+
+def may_write(module, connection, passwords):
+    """Wait until this host has the tree, and, when it is not the writer, what the writer wrote; tell whether it is.
+
+    In check mode nothing is waited for, and what has still to come counts as no change of this host's.
+    """
+    given = module.params
+    words = passwords[given["replicator_dn"]]
+    deadline = time.monotonic() + given["wait_seconds"]
+    while True:
+        peers = {
+            uri: peer_stamps(uri, given["base"], given["replicator_dn"], words, given["ca_file"])
+            for uri in given["peers"]
+        }
+        step, why = next_step(
+            own_stamps(connection, given["base"]), peers, writer=given["writer"], alone=given["alone"]
+        )
+        if step == "refuse":
+            module.fail_json(
+                msg=f"{why}: start it; only when it is gone for good, with all that it had, run again with "
+                "-e openldap_alone=true"
+            )
+        if step == "write":
+            if given["writer"]:
+                return True
+            todo, stale = differing(module, connection, parse(given["ldif"], {}), passwords)
+            if not todo and not stale:
+                return False
+            names = [change.dn for change in todo] + stale
+            why = f"{names[0]} has not come as it should be from the host that writes"
+        if module.check_mode:
+            return False
+        if time.monotonic() > deadline:
+            module.fail_json(
+                msg=f"{why}, within {given['wait_seconds']} s: journalctl -u slapd.service on both hosts tells why"
+            )
+        time.sleep(POLL)
 
 
 def connect_when_up(module):
@@ -143,6 +257,25 @@ def password_differences(connection, dn, words):
     return differences(stored, words)
 
 
+def differing(module, connection, wanted, passwords):
+    """Return the changes that are still to be made, and the DNs of entries that take other passwords than they should.
+
+    An entry that is new has its password in it.
+    """
+    live = live_entries(connection, wanted, module.params["configuration"])
+    todo = [
+        replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn][0]).encode()]})
+        if change.action == "add" and change.dn in passwords
+        else change
+        for change in changes(live, wanted, module.params["initial"])
+    ]
+    new = {change.dn for change in todo if change.action == "add"}
+    stale = sorted(
+        dn for dn, words in passwords.items() if dn not in new and any(password_differences(connection, dn, words))
+    )
+    return todo, stale
+
+
 def set_passwords(connection, dn, words):
     """Have an entry take exactly `words`; meanwhile, and after a crash, it still takes those that stay.
 
@@ -175,7 +308,7 @@ def bootstrap(module, text, wanted):
     status, _out, error = module.run_command(["/usr/sbin/slapadd", "-n", "0", "-F", str(new)], data=text)
     if status:
         shutil.rmtree(new)
-        module.fail_json(msg="slapadd refuses the configuration: " + error.strip()[-800:])
+        module.fail_json(msg="slapadd refuses the configuration: " + without_credentials(error.strip())[-800:])
     for folder, _folders, files in os.walk(new):
         shutil.chown(folder, "openldap", "openldap")
         for name in files:
@@ -197,6 +330,14 @@ def main():
             "configuration": {"type": "bool", "default": False},
             "initial": {"type": "list", "elements": "str", "default": []},
             "passwords": {"type": "dict", "default": {}, "no_log": True},
+            "secrets": {"type": "dict", "default": {}, "no_log": True},
+            "peers": {"type": "list", "elements": "str", "default": []},
+            "writer": {"type": "bool", "default": True},
+            "alone": {"type": "bool", "default": False},
+            "base": {"type": "str"},
+            "replicator_dn": {"type": "str"},
+            "ca_file": {"type": "path"},
+            "wait_seconds": {"type": "int", "default": 900},
         },
         supports_check_mode=True,
     )
@@ -206,31 +347,22 @@ def main():
         if module.check_mode:
             module.exit_json(changed=True, changes=[], diff={"before": "", "after": text})
         module.fail_json(msg=missing_required_lib("python-ldap"))
-    wanted = parse(text)
+    wanted = parse(text, module.params["secrets"])
     if module.params["configuration"] and not ours(wanted):
         if not module.check_mode:
-            bootstrap(module, text, wanted)
+            bootstrap(module, insert(text, module.params["secrets"]), wanted)
         module.exit_json(changed=True, changes=[dn for dn, _a in wanted], diff={"before": "", "after": text})
 
+    todo, stale = [], []
     try:
         connection = connect_when_up(module)
-        todo = [
-            replace(change, after=change.after | {"userPassword": [ssha512(passwords[change.dn][0]).encode()]})
-            if change.action == "add" and change.dn in passwords
-            else change
-            for change in changes(
-                live_entries(connection, wanted, module.params["configuration"]), wanted, module.params["initial"]
-            )
-        ]
-        new = {change.dn for change in todo if change.action == "add"}
-        stale = sorted(
-            dn for dn, words in passwords.items() if dn not in new and any(password_differences(connection, dn, words))
-        )
-        if not module.check_mode:
-            for change in todo:
-                apply(connection, change)
-            for dn, words in passwords.items():
-                set_passwords(connection, dn, words)
+        if not module.params["peers"] or may_write(module, connection, passwords):
+            todo, stale = differing(module, connection, wanted, passwords)
+            if not module.check_mode:
+                for change in todo:
+                    apply(connection, change)
+                for dn, words in passwords.items():
+                    set_passwords(connection, dn, words)
     except ldap.LDAPError as error:
         detail = error.args[0] if error.args and isinstance(error.args[0], dict) else {"desc": str(error)}
         module.fail_json(msg=f"slapd refused over {URI}: {detail.get('desc', '')} {detail.get('info', '')}".strip())

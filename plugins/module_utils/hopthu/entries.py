@@ -7,7 +7,7 @@ service identities, password policies). Pure: no connection, no clock, no random
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,8 @@ Attributes = dict[str, list[bytes]]
 _ORDER = re.compile(rb"^\{-?\d+\}")
 _RDN_ORDER = re.compile(r"\{\d+\}")
 _NUMBERED_RDN = ("olcoverlay=", "cn=")
+_SECRET = re.compile(r"\{secret:(\w+)\}")
+_CREDENTIALS = re.compile(r'credentials=("(?:[^"\\]|\\.)*"|\S+)')
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def changes(
         more = [value for value in want.get("objectclass", ("", []))[1] if value.lower() not in known_classes]
         if more:
             before["objectClass"], after["objectClass"] = classes, [*classes, *more]
-        for name in sorted((have.keys() | want.keys()) - fixed):
+        # First what goes, then the rest as the text has it: slapd takes some attributes only after others.
+        for name in [*sorted(have.keys() - want.keys() - fixed), *(name for name in want if name not in fixed)]:
             old = have.get(name, (name, []))[1]
             new = want.get(name, (name, []))[1]
             if not _same(old, new):
@@ -98,12 +101,32 @@ def changes(
     return result
 
 
+def insert(text: str, secrets: Mapping[str, str]) -> str:
+    """Return `text` with each ``{secret:NAME}`` replaced, as it must stand between quotation marks.
+
+    Raises KeyError for a name that `secrets` does not have.
+
+    >>> insert('credentials="{secret:a}"', {"a": 'b"c'})
+    'credentials="b\\\\"c"'
+    """
+    return _SECRET.sub(lambda found: re.sub(r'(["\\])', r"\\\1", secrets[found[1]]), text)
+
+
+def without_credentials(text: str) -> str:
+    """Return text of slapd's configuration without the passwords with which it logs in elsewhere.
+
+    >>> without_credentials('binddn="cn=a" credentials="b c" timeout=1')
+    'binddn="cn=a" credentials=(hidden) timeout=1'
+    """
+    return _CREDENTIALS.sub("credentials=(hidden)", text)
+
+
 def as_text(change: Change, side: Literal["before", "after"], hidden: frozenset[str]) -> str:
     """Return one side of `change` as LDIF-like text for a diff; values of `hidden` attributes are masked."""
     attributes = change.before if side == "before" else change.after
     lines = [f"dn: {change.dn}"] if attributes else []
     for name in sorted(attributes):
         for value in attributes[name]:
-            shown = "(hidden)" if name.lower() in hidden else value.decode("utf-8", "replace")
+            shown = "(hidden)" if name.lower() in hidden else without_credentials(value.decode("utf-8", "replace"))
             lines.append(f"{name}: {shown}")
     return "\n".join(lines) + "\n" if lines else ""
