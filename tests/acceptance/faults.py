@@ -28,11 +28,12 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 RESULTS = CHECKOUT / "build" / "availability.json"
 
 # What the stack calls its things; here and nowhere else in the tests of availability.
-SYNC, SWEEP, FULL = "mail-sync.service", "mail-sync-sweep.service", "mail-sync-full.service"
-SWEEP_TIMERS = "mail-sync-sweep.timer mail-sync-full.timer"
+SYNC = "mail-sync.service"
+SYNC_TIMERS = "mail-sync-sweep.timer mail-sync-full.timer"
 SYNC_STATUS = "/run/mail-sync/status.json"
+SWEEP, FULL = "mail-sync sweep", "mail-sync full"
 COMPARE_MAIL, COMPARE_DIRECTORY = "mail-compare", "directory-compare"
-JOURNAL = "mail-journal.service"
+JOURNAL, JOURNAL_LIST = "mail-journal.service", "mail-journal list"
 STORE = "/srv/vmail"
 CLUSTER = ("corosync.service", "pacemaker.service")
 DAEMONS = {
@@ -95,7 +96,7 @@ class Hosts:
         """Switch a host on that has been off; return when systemd has started what it starts."""
         _podman("start", self.container(host))
         self._looked.pop(host, None)
-        self.attempt(host, "systemctl is-system-running --wait")
+        self.attempt(host, "timeout 120 systemctl is-system-running --wait")
 
     def destroy(self, host: str) -> None:
         """Have a host burn with all its disks."""
@@ -374,6 +375,25 @@ def link_flaps(hosts: Hosts, seconds: float = 30, period: float = 2) -> Iterator
     finally:
         hosts.mend(host)
     yield
+
+
+@contextmanager
+def silent_difference(hosts: Hosts, user: str, message: str) -> Iterator[None]:
+    """The standby's copy of a mailbox gets a message of which nobody tells the other host."""
+    standby = hosts.standby()
+    try:
+        for host in hosts.full:
+            hosts.run(host, f"systemctl stop {SYNC_TIMERS} {SYNC}")
+        save(hosts, standby, user, message)
+        yield
+    finally:
+        for host in hosts.full:
+            hosts.run(host, f"systemctl start {SYNC} && systemctl start {SYNC_TIMERS}")
+
+
+def save(hosts: Hosts, host: str, user: str, message: str) -> None:
+    """Put a message into a host's own copy of a mailbox, whichever host serves."""
+    hosts.run(host, f"doveadm save -u '{user}' -m INBOX", message)
 
 
 Fault = Callable[[Hosts], AbstractContextManager[None]]
