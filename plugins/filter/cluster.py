@@ -1,9 +1,9 @@
-"""Filter that makes Corosync's key."""
+"""Filters for the cluster role: its key, its hosts, its addresses."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 # Corosync takes 128 to 4,096 octets.
@@ -19,9 +19,33 @@ def corosync_key(secret: str) -> str:
     return hashlib.shake_256(b"hopthu corosync key\0" + secret.encode()).hexdigest(OCTETS // 2)
 
 
+def cluster_nodes(hosts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return name and addresses of each of `hosts` (their Ansible variables): an address for each link.
+
+    >>> cluster_nodes([{"inventory_hostname": "mail1", "host_addresses": ["192.0.2.1", "2001:db8::1"]}])
+    [{'name': 'mail1', 'addresses': ['192.0.2.1']}]
+    """
+    return [
+        {
+            "name": host["inventory_hostname"],
+            "addresses": list(host.get("host_cluster_addresses") or host["host_addresses"][:1]),
+        }
+        for host in hosts
+    ]
+
+
+def service_addresses(addresses: Iterable[str]) -> list[dict[str, str]]:
+    """Return the addresses that move as the cluster role takes them."""
+    return [{"address": address} for address in addresses]
+
+
 class FilterModule:
     """Ansible's entry point."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {"corosync_key": corosync_key}
+        return {
+            "corosync_key": corosync_key,
+            "cluster_nodes": cluster_nodes,
+            "service_addresses": service_addresses,
+        }
