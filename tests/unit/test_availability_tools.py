@@ -1,0 +1,68 @@
+"""What the tests of availability conclude from status texts, and how they keep their rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "acceptance"))
+
+from faults import cluster_problems, record, sync_problems
+from load import longest
+
+NODE = '<node name="mail1" online="{online}" standby="{standby}" unclean="false" pending="false" health="{health}"/>'
+WELL = {"online": "true", "standby": "false", "health": "green"}
+RESOURCE = '<resource id="address" role="{role}" failed="{failed}"/>'
+
+
+def status(node: dict[str, str], role: str = "Started", failed: str = "false") -> str:
+    """What `crm_mon --output-as=xml` says of one node and one resource in a group."""
+    group = f'<group id="service">{RESOURCE.format(role=role, failed=failed)}</group>'
+    nodes = NODE.format(**WELL | node)
+    return f"<pacemaker-result><nodes>{nodes}</nodes><resources>{group}</resources></pacemaker-result>"
+
+
+@pytest.mark.parametrize(
+    ("xml", "words"),
+    [
+        (status({}), []),
+        (status({"online": "false"}), ["node mail1 is online=false"]),
+        (status({"standby": "true", "health": "red"}), ["node mail1 is standby=true health=red"]),
+        (status({}, role="Stopped"), ["resource address is Stopped, failed=false"]),
+        (status({}, failed="true"), ["resource address is Started, failed=true"]),
+        ("crm_mon: connection refused", ["Pacemaker gives no status"]),
+    ],
+)
+def test_cluster_problems(xml: str, words: list[str]) -> None:
+    assert cluster_problems(xml) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"behind": 0, "oldest_s": 0}', []),
+        ('{"behind": 3}', ["mail-sync is behind with 3 users"]),
+        ("{}", ["mail-sync gives no status"]),
+        ("", ["mail-sync gives no status"]),
+    ],
+)
+def test_sync_problems(text: str, words: list[str]) -> None:
+    assert sync_problems(text) == words
+
+
+@pytest.mark.parametrize(("times", "gap"), [([], 0), ([5.0], 0), ([1.0, 2.0, 9.5, 10.0], 7.5)])
+def test_longest(times: list[float], gap: float) -> None:
+    assert longest(times) == gap
+
+
+def test_a_later_run_replaces_the_row_of_its_fault(tmp_path: Path) -> None:
+    path = tmp_path / "build" / "availability.json"
+    for row in ({"fault": "a", "missing": 1}, {"fault": "b", "missing": 0}, {"fault": "a", "missing": 0}):
+        record(row, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"fault": "b", "missing": 0},
+        {"fault": "a", "missing": 0},
+    ]
