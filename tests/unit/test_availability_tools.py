@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import smtplib
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "acceptance"))
 
 from faults import cluster_problems, record, sync_problems
-from load import longest
+from load import Letter, Load, longest
 
 NODE = '<node name="mail1" online="{online}" standby="{standby}" unclean="false" pending="false" health="{health}"/>'
 WELL = {"online": "true", "standby": "false", "health": "green"}
@@ -66,3 +70,68 @@ def test_a_later_run_replaces_the_row_of_its_fault(tmp_path: Path) -> None:
         {"fault": "b", "missing": 0},
         {"fault": "a", "missing": 0},
     ]
+
+
+class Peer:
+    """A mail server as a sender meets it: `replies` to whole messages, in turn; None hangs up without one."""
+
+    sock = SimpleNamespace(settimeout=lambda _seconds: None)
+
+    def __init__(self, replies: list[int | None]) -> None:
+        self.replies = replies
+
+    def mail(self, *_words: object) -> tuple[int, bytes]:
+        return 250, b""
+
+    rcpt = mail
+
+    def docmd(self, _command: str) -> tuple[int, bytes]:
+        return 354, b""
+
+    def send(self, data: bytes) -> None:
+        assert data.endswith(b"\r\n..\r\n.\r\n")
+
+    def getreply(self) -> tuple[int, bytes]:
+        reply = self.replies.pop(0)
+        if reply is None:
+            raise smtplib.SMTPServerDisconnected("gone")
+        return reply, b"said"
+
+    def quit(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("replies", "acknowledged", "unknown", "deferred", "failed"),
+    [
+        ([250], True, False, 0, 0),
+        ([451, 451, 250], True, False, 2, 0),
+        ([None, 250], True, True, 0, 0),
+        ([None, 451, 250], True, True, 1, 0),
+        ([554], False, False, 0, 1),
+    ],
+)
+def test_sender_tries_until_it_is_acknowledged(
+    monkeypatch: pytest.MonkeyPatch,
+    replies: list[int | None],
+    acknowledged: bool,
+    unknown: bool,
+    deferred: int,
+    failed: int,
+) -> None:
+    addresses = {"v4": "192.0.2.11", "v6": "2001:db8::11"}
+    service: Any = SimpleNamespace(
+        units={"a@b": "x"},
+        unit=lambda name: SimpleNamespace(address=f"{name}@b", password="x"),
+        in_group=lambda _group: ["mail1"],
+        hosts={"mail1": {"addresses": addresses}},
+        addresses=addresses,
+    )
+    load = Load(service)
+    peer = Peer(replies)
+    monkeypatch.setattr(load, "_session", lambda *_place: nullcontext(peer))
+    load._deliver(Letter("1", None, service.unit("a"), b"Subject: x\r\n\r\n.\r\n"), 0)
+    assert replies == []
+    assert ("1" in load.acknowledged) is acknowledged
+    assert (load.sent.unknown_then_repeated == ["1"]) is unknown
+    assert (load.sent.deferred, len(load.sent.failed)) == (deferred, failed)
