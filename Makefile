@@ -32,10 +32,10 @@ lab-down: $(BIN)/.made ## stop it and remove it wholly
 test: $(BIN)/.made ## every check that CI runs, on hosts of its own
 	@$(BIN)/python tests/prove.py
 
-soak: $(BIN)/.made ## the long campaigns: every province whole, 50 killed runs, every guarded setting broken
+soak: $(BIN)/.made ## the long campaigns: every province whole, 50 killed runs, every fault, every guarded setting broken
 	@$(BIN)/python tests/campaigns.py
 
-bench-%: $(BIN)/.made ## one benchmark: lab, delivery, directory, filters
+bench-%: $(BIN)/.made ## one benchmark: lab, delivery, directory, filters, replication
 	@$(BIN)/python bench/$*.py
 
 lint: $(BIN)/.made ## ruff, mypy, yamllint, ansible-lint, generated docs

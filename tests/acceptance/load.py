@@ -118,7 +118,7 @@ class Load:
         self._answers: list[list[float]] = [[] for _ in range(readers)]
         self.sent.sessions_lost = [0] * readers
         self._exchangers = [
-            [service.hosts[host]["addresses"][family] for host in service.in_group("mx")] for family in ("v4", "v6")
+            address for host in service.in_group("mx") for address in service.hosts[host]["addresses"].values()
         ]
         hands = max(3, round(rate / 4))
         period = 2 * hands / rate
@@ -210,15 +210,13 @@ class Load:
     def _places(self, letter: Letter, number: int) -> list[tuple[str, int]]:
         """Where to try, in turn: a person's program has the service address, a mail server all mail exchangers."""
         if letter.sender:
-            addresses = list(self.service.addresses.values())
-            port = (465, 587)[number % 2]
+            addresses, port = list(self.service.addresses.values()), (465, 587)[number % 2]
+            turn = number % len(addresses)
+            addresses = addresses[turn:] + addresses[:turn]
         else:
-            # MX of equal rank are tried in random order.
-            addresses = [address for pair in zip(*self._exchangers, strict=True) for address in pair]
-            random.shuffle(addresses)
-            port = 25
-        turn = number % len(addresses)
-        return [(address, port) for address in addresses[turn:] + addresses[:turn]]
+            # Of equal rank, so in random order.
+            addresses, port = random.sample(self._exchangers, len(self._exchangers)), 25
+        return [(address, port) for address in addresses]
 
     def _attempt(self, letter: Letter, address: str, port: int) -> tuple[int, str, bool]:
         """Last answer, 0 without one, and whether the whole message was handed over and nothing answered."""
