@@ -220,12 +220,19 @@ class Service:
         with self.ldap_admin() as admin:
             admin.add(box.dn, classes, entry)
         try:
+            for host in self.in_group("directory"):
+                wait(f"{host} knows {box.address}", lambda host=host: self._knows(host, box.dn))
             yield box
         finally:
             with self.ldap_admin() as admin:
                 admin.delete(box.dn)
             for store in self.in_group("mailstore"):
                 self.run(store, f"rm -rf -- /srv/vmail/{uid}")
+
+    def _knows(self, host: str, dn: str) -> bool:
+        """Whether the directory of a host has an entry."""
+        with self.ldap(self.admin_dn, self._admin_password, self.hosts[host]["addresses"]["v4"]) as admin:
+            return bool(admin.search(dn, "(objectClass=*)", ldap3.BASE))
 
     # --- daemons and queues
 

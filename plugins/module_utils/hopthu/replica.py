@@ -32,8 +32,8 @@ def covers(mine: Stamps, theirs: Stamps) -> bool:
 
 def next_step(
     mine: Stamps | None, peers: Mapping[str, Stamps | str], *, writer: bool, alone: bool
-) -> tuple[Literal["write", "wait", "refuse"], str]:
-    """Say what a host may do with its copy of the tree, and why not more.
+) -> tuple[Literal["write", "copy", "wait", "refuse"], str]:
+    """Say what a host may do with its copy of the tree, and why not more; with copy, from which peer.
 
     `mine` is None when the host has no tree, and empty while one is coming in. `peers` maps each peer to its stamps, or
     to ABSENT (it answers and has no tree) or SILENT. The writer is the one host that writes the fixed part of the tree;
@@ -45,8 +45,10 @@ def next_step(
     for peer, state in sorted(peers.items()):
         if isinstance(state, str):
             continue
-        if mine is None or not mine:
-            return "wait", f"the tree has not come from {peer}"
+        if not mine and state:
+            return "copy", peer
+        if not mine:
+            return "wait", f"{peer} does not know the identity under which its tree is copied"
         if not covers(mine, state):
             return "wait", f"what {peer} has written has not come"
     if mine is not None and not mine:
