@@ -32,7 +32,8 @@ MEND_SECONDS, MEND_HOLDER_SECONDS, MEND_AGAIN_SECONDS = 15, 40, 300
 MENDED_STATES = ("active", "activating", "reloading", "failed")
 # How long a unit may take to stop before it is killed, in seconds.
 STOP_SECONDS = 15
-CLUSTER_SECONDS = 5
+# Between two looks at the cluster; before the first one a host that starts has time to join.
+CLUSTER_SECONDS, JOIN_SECONDS = 5, 40
 REASSERT_SECONDS = 60
 CLOCK_SECONDS = 600
 LDAP_SESSION_SECONDS = 30
@@ -363,7 +364,7 @@ class Host:
         self.disks = [DISK | disk for disk in settings["disks"]]
         self.health, self.told, self.told_at = "", "", 0.0
         self.mended, self.mending = {}, None
-        self.view, self.viewed_at = None, float("-inf")
+        self.view, self.look_at = None, time.monotonic() + JOIN_SECONDS
         self.unsynchronized_since = None
         self.raised = set()
 
@@ -397,9 +398,9 @@ class Host:
 
     def look_at_cluster(self, now):
         """Raise the alarms about the cluster and about the clock."""
-        if now - self.viewed_at < CLUSTER_SECONDS:
+        if now < self.look_at:
             return
-        self.viewed_at = now
+        self.look_at = now + CLUSTER_SECONDS
         if self.size > 1:
             _, text = run("corosync-quorumtool", "-s")
             view = quorum_view(text) | {"holder": self.holder()}
