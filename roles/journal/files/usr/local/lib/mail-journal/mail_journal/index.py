@@ -248,9 +248,7 @@ class Index:
 
     def _apply_trim(self, operation: dict[str, Any]) -> None:
         self._database.execute("DELETE FROM sessions WHERE time < ?", (operation["before"],))
-        self._database.execute(
-            "DELETE FROM outbox WHERE seq <= (SELECT max(seq) FROM outbox) - ?", (OUTBOX_LIMIT,)
-        )
+        self._database.execute("DELETE FROM outbox WHERE seq <= (SELECT max(seq) FROM outbox) - ?", (OUTBOX_LIMIT,))
 
     def _settle(self) -> None:
         for identifier in self._touched:
@@ -275,8 +273,8 @@ def note(database: sqlite3.Connection, name: str) -> str:
 
 
 def entries(database: sqlite3.Connection, which: str) -> list[dict[str, Any]]:
-    """Entries (`all`, `alone` or `unsettled`), oldest first, with their recipients: {recipient: {state, here}}."""
-    where = {"all": "1", "alone": "alone", "unsettled": "NOT settled"}[which]
+    """Entries (`all`, `alone`, `unsettled`, or `done` and not out of the queue), oldest first, with their recipients: {recipient: {state, here}}."""
+    where = {"all": "1", "alone": "alone", "unsettled": "NOT settled", "done": "done AND NOT removed"}[which]
     found = []
     for row in database.execute(f"SELECT * FROM entries WHERE {where} ORDER BY id"):
         entry = {key: row[key] for key in ("alone", "expected", "removed", "done", "settled")}

@@ -91,6 +91,8 @@ class Link:
         self._sequence = 0
         self._queued = 0
         self.is_up = False
+        # Of the connection: each has another.
+        self.number = 0
         self.tried = asyncio.Event()
         self.greeted: Callable[[str], None] = lambda store: None
         self.last_error = "not connected yet"
@@ -179,6 +181,7 @@ class Link:
         self._writer = writer
         self.greeted(str(hello["store"]))
         self.is_up = True
+        self.number += 1
         self.tried.set()
         pulse = asyncio.create_task(self._pulse())
         try:
@@ -258,4 +261,3 @@ class Server:
             elif message["operations"]:
                 await self._apply(message["operations"])
         writer.write(frame({"seq": message["seq"], "ok": done}))
-
