@@ -1,4 +1,4 @@
-"""The message journal: its records, what lines of the log mean, when an entry is settled, who the final recipients are."""
+"""The message journal: records, what lines of the log mean, when an entry is settled, final recipients."""
 
 from __future__ import annotations
 

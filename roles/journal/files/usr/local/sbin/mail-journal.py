@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""mail-journal: what Postfix has accepted, on both hosts before the 250. For root; its unit runs `mail-journal daemon`."""
+"""mail-journal: what Postfix has accepted, on both hosts before the 250. For root."""
 
 from __future__ import annotations
 

@@ -181,7 +181,10 @@ class Journal:
         assert link is not None
         # Those of the last seconds are under way by themselves.
         before = new_id(time.time() - 10, bytes(10))
-        query = "SELECT id, meta, segment, offset, size FROM entries WHERE alone AND host = ? AND id < ? ORDER BY id LIMIT 200"
+        query = (
+            "SELECT id, meta, segment, offset, size FROM entries"
+            " WHERE alone AND host = ? AND id < ? ORDER BY id LIMIT 200"
+        )
         while rows := await self._ask(lambda database: database.execute(query, (self.host, before)).fetchall()):
             for start in range(0, len(rows), BACKLOG):
                 await asyncio.gather(*(self._hand_over_record(*row) for row in rows[start : start + BACKLOG]))
@@ -399,7 +402,7 @@ class Message(Milter.Base):
         self.recipients: list[str] = []
         self.known = 0
         self.login = self.getsymval("{auth_authen}") or ""
-        self.content = tempfile.SpooledTemporaryFile(MEMORY, dir=self.shared.spool)
+        self.content = tempfile.SpooledTemporaryFile(MEMORY, dir=self.shared.spool)  # noqa: SIM115
         self.size = 0
         return int(Milter.CONTINUE)
 

@@ -201,7 +201,8 @@ class Index:
         if entry is None:
             return
         self._database.execute(
-            "UPDATE entries SET expected = max(expected, ?), removed = max(removed, ?), done = max(done, ?) WHERE id = ?",
+            "UPDATE entries SET expected = max(expected, ?), removed = max(removed, ?), done = max(done, ?)"
+            " WHERE id = ?",
             (operation["expected"], operation["removed"], operation["done"], entry),
         )
         names = ("recipient", "original", "state", "session")
@@ -222,7 +223,8 @@ class Index:
 
     def _session(self, session: str, column: str) -> None:
         self._database.execute(
-            f"INSERT INTO sessions (session, {column}, time) VALUES (?, 1, ?) ON CONFLICT (session) DO UPDATE SET {column} = 1",
+            f"INSERT INTO sessions (session, {column}, time) VALUES (?, 1, ?)"
+            f" ON CONFLICT (session) DO UPDATE SET {column} = 1",
             (session, time.time()),
         )
 
@@ -273,7 +275,10 @@ def note(database: sqlite3.Connection, name: str) -> str:
 
 
 def entries(database: sqlite3.Connection, which: str) -> list[dict[str, Any]]:
-    """Entries (`all`, `alone`, `unsettled`, or `done` and not out of the queue), oldest first, with their recipients: {recipient: {state, here}}."""
+    """Entries with their recipients, {recipient: {state, here}}, oldest first.
+
+    which: all, alone, unsettled, or done: dealt with while the queue file was there.
+    """
     where = {"all": "1", "alone": "alone", "unsettled": "NOT settled", "done": "done AND NOT removed"}[which]
     found = []
     for row in database.execute(f"SELECT * FROM entries WHERE {where} ORDER BY id"):

@@ -1,4 +1,4 @@
-"""The connection to the peer: records and operations go out over TLS and count when the peer says they are on its disk."""
+"""The connection to the peer: what goes out over TLS counts when the peer says that it is on its disk."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ class Server:
             while True:
                 async with asyncio.timeout(30):
                     message, size = await read_frame(reader)
-                    spool = tempfile.SpooledTemporaryFile(MEMORY, dir=self._folder)
+                    spool = tempfile.SpooledTemporaryFile(MEMORY, dir=self._folder)  # noqa: SIM115
                     left = size
                     while left:
                         piece = await reader.readexactly(min(left, PIECE))

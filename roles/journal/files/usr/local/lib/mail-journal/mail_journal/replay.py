@@ -1,4 +1,4 @@
-"""For administrators, as root: list entries, note what is safe after a takeover, bring back what a lost host took with it."""
+"""For root: list entries, note what is safe after a takeover, bring back what a lost host took with it."""
 
 from __future__ import annotations
 
@@ -166,8 +166,9 @@ def content(folder: Path, entry: dict[str, Any]) -> bytes:
         text = file.read(size)
     if len(text) != size:
         raise OSError(f"the content of {entry['id']} is not whole")
+    protocol = "ESMTPA" if entry["authenticated"] else "ESMTP"
     received = (
-        f"Received: from {entry['client']}\r\n\tby {entry['host']} with {'ESMTPA' if entry['authenticated'] else 'ESMTP'}"
+        f"Received: from {entry['client']}\r\n\tby {entry['host']} with {protocol}"
         f" id {entry['qid']};\r\n\t{email.utils.formatdate(entry['time'], localtime=True)}\r\n"
     )
     return received.encode(errors="replace") + text
