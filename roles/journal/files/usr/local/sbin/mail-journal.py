@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""mail-journal: what Postfix has accepted, on both hosts before the 250. For root; its unit runs `mail-journal daemon`."""
+"""mail-journal: what Postfix has accepted, on both hosts before the 250. For root."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def main() -> int:
     lists.add_argument("--alone", action="store_const", const="alone", dest="which", help="on this host alone")
     lists.add_argument("--unsettled", action="store_const", const="unsettled", dest="which", help="not yet safe")
     commands.add_parser("settle", help="at a takeover: note what is in its mailbox here")
+    drops = commands.add_parser(
+        "drop-replayed", help="before Postfix starts: delete from the queue what the peer replayed"
+    )
+    drops.add_argument("--wait", type=float, default=15, metavar="SECONDS", help="for the peer to tell")
     replays = commands.add_parser("replay", help="bring back what a lost host took with it")
     replays.add_argument("--lost", required=True, help="full name of the lost host")
     replays.add_argument("--rebuilt", action="store_true", help="it answers, for it was made anew")
@@ -58,6 +62,8 @@ def main() -> int:
                 print(json.dumps(line))
         elif arguments.command == "status":
             print(json.dumps(replay.request(do="status")))
+        elif arguments.command == "drop-replayed":
+            print(f"{replay.drop_replayed(settings, arguments.wait)} messages had been brought back by the peer")
         elif arguments.command == "settle":
             print(json.dumps(replay.settle(settings)))
         else:

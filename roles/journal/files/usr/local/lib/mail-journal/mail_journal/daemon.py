@@ -25,7 +25,7 @@ from systemd.daemon import notify
 from mail_journal import index as questions
 from mail_journal.index import Index
 from mail_journal.link import Away, Certificates, Link, Server
-from mail_journal.records import HEADER, OURS, Outage, Place, content_offset, new_id, pieces, read_line, scan
+from mail_journal.records import HEADER, OURS, Outage, Place, new_id, pieces, read_line, scan
 from mail_journal.store import Item, Store
 
 MEMORY = 1 << 20
@@ -57,10 +57,13 @@ class Journal:
         self.spool.mkdir(mode=0o700)
         self.link: Link | None = None
         self.news = asyncio.Event()
+        self._told = 0
         self.store_id = ""
         self.outage = Outage(settings["alarm_seconds"])
         self.failures: set[str] = set()
         self.caught_up = False
+        # Whether the peer has told everything that it had to tell since it connected.
+        self.peer_told = False
 
     def alarm(self, name: str, text: str) -> None:
         """Have an alarm raised: a unit of root's takes the file. The log has it in any case."""
@@ -117,7 +120,9 @@ class Journal:
             certificates = Certificates(settings["ca"], settings["certificate"], settings["key"])
             self.link = Link(self.loop, settings["peer"], settings["port"], certificates, self.store.path)
             self.link.greeted = lambda store: self.index.post({"op": "peer_store", "store": store})
-            server = Server(settings["peer"], certificates, lambda: self.store_id, self.spool, self._append, self._take_news)
+            server = Server(
+                settings["peer"], certificates, lambda: self.store_id, self.spool, self._append, self._take_news
+            )
             self.loop.create_task(server.listen(settings["addresses"], settings["port"]))
             self.loop.create_task(self.link.run())
             self.loop.create_task(self._hand_over())
@@ -148,6 +153,8 @@ class Journal:
     async def _take_news(self, operations: list[dict[str, Any]]) -> None:
         self.index.post({"op": "batch", "operations": operations})
         await asyncio.to_thread(self.index.ask, lambda database: None)
+        if operations[-1]["op"] == "told":
+            self.peer_told = True
 
     async def _ask(self, question: Any) -> Any:
         return await asyncio.to_thread(self.index.ask, question)
@@ -174,7 +181,10 @@ class Journal:
         assert link is not None
         # Those of the last seconds are under way by themselves.
         before = new_id(time.time() - 10, bytes(10))
-        query = "SELECT id, meta, segment, offset, size FROM entries WHERE alone AND host = ? AND id < ? ORDER BY id LIMIT 200"
+        query = (
+            "SELECT id, meta, segment, offset, size FROM entries"
+            " WHERE alone AND host = ? AND id < ? ORDER BY id LIMIT 200"
+        )
         while rows := await self._ask(lambda database: database.execute(query, (self.host, before)).fetchall()):
             for start in range(0, len(rows), BACKLOG):
                 await asyncio.gather(*(self._hand_over_record(*row) for row in rows[start : start + BACKLOG]))
@@ -188,11 +198,16 @@ class Journal:
         self.index.post({"op": "both", "id": identifier})
 
     async def _hand_over_news(self) -> None:
+        """After the news of an outage, each connection learns that this was all."""
         assert self.link is not None
+        connection = self.link.number
         query = "SELECT seq, operation FROM outbox ORDER BY seq LIMIT ?"
         while rows := await self._ask(lambda database: database.execute(query, (BATCH,)).fetchall()):
             await self.link.operations([json.loads(row["operation"]) for row in rows])
             self.index.post({"op": "sent", "seq": rows[-1]["seq"]})
+        if self._told != connection:
+            await self.link.operations([{"op": "told"}])
+            self._told = connection
 
     # --- sockets of this host ----------------------------------------------------------------------
 
@@ -296,6 +311,7 @@ class Journal:
         return {
             **self.index.ask(questions.counts),
             "peer": "none" if self.link is None else "up" if self.link.is_up else "down",
+            "peer_told": self.peer_told,
             "peer_error": "" if self.link is None or self.link.is_up else self.link.last_error,
             "octets": self.store.octets(),
             "free_octets": usage.free,
@@ -386,7 +402,7 @@ class Message(Milter.Base):
         self.recipients: list[str] = []
         self.known = 0
         self.login = self.getsymval("{auth_authen}") or ""
-        self.content = tempfile.SpooledTemporaryFile(MEMORY, dir=self.shared.spool)
+        self.content = tempfile.SpooledTemporaryFile(MEMORY, dir=self.shared.spool)  # noqa: SIM115
         self.size = 0
         return int(Milter.CONTINUE)
 

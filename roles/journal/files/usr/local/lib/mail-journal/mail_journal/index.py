@@ -201,7 +201,8 @@ class Index:
         if entry is None:
             return
         self._database.execute(
-            "UPDATE entries SET expected = max(expected, ?), removed = max(removed, ?), done = max(done, ?) WHERE id = ?",
+            "UPDATE entries SET expected = max(expected, ?), removed = max(removed, ?), done = max(done, ?)"
+            " WHERE id = ?",
             (operation["expected"], operation["removed"], operation["done"], entry),
         )
         names = ("recipient", "original", "state", "session")
@@ -222,7 +223,8 @@ class Index:
 
     def _session(self, session: str, column: str) -> None:
         self._database.execute(
-            f"INSERT INTO sessions (session, {column}, time) VALUES (?, 1, ?) ON CONFLICT (session) DO UPDATE SET {column} = 1",
+            f"INSERT INTO sessions (session, {column}, time) VALUES (?, 1, ?)"
+            f" ON CONFLICT (session) DO UPDATE SET {column} = 1",
             (session, time.time()),
         )
 
@@ -248,9 +250,7 @@ class Index:
 
     def _apply_trim(self, operation: dict[str, Any]) -> None:
         self._database.execute("DELETE FROM sessions WHERE time < ?", (operation["before"],))
-        self._database.execute(
-            "DELETE FROM outbox WHERE seq <= (SELECT max(seq) FROM outbox) - ?", (OUTBOX_LIMIT,)
-        )
+        self._database.execute("DELETE FROM outbox WHERE seq <= (SELECT max(seq) FROM outbox) - ?", (OUTBOX_LIMIT,))
 
     def _settle(self) -> None:
         for identifier in self._touched:
@@ -275,8 +275,11 @@ def note(database: sqlite3.Connection, name: str) -> str:
 
 
 def entries(database: sqlite3.Connection, which: str) -> list[dict[str, Any]]:
-    """Entries (`all`, `alone` or `unsettled`), oldest first, with their recipients: {recipient: {state, here}}."""
-    where = {"all": "1", "alone": "alone", "unsettled": "NOT settled"}[which]
+    """Entries with their recipients, {recipient: {state, here}}, oldest first.
+
+    which: all, alone, unsettled, or done: dealt with while the queue file was there.
+    """
+    where = {"all": "1", "alone": "alone", "unsettled": "NOT settled", "done": "done AND NOT removed"}[which]
     found = []
     for row in database.execute(f"SELECT * FROM entries WHERE {where} ORDER BY id"):
         entry = {key: row[key] for key in ("alone", "expected", "removed", "done", "settled")}

@@ -1,4 +1,4 @@
-"""The connection to the peer: records and operations go out over TLS and count when the peer says they are on its disk."""
+"""The connection to the peer: what goes out over TLS counts when the peer says that it is on its disk."""
 
 from __future__ import annotations
 
@@ -91,6 +91,8 @@ class Link:
         self._sequence = 0
         self._queued = 0
         self.is_up = False
+        # Of the connection: each has another.
+        self.number = 0
         self.tried = asyncio.Event()
         self.greeted: Callable[[str], None] = lambda store: None
         self.last_error = "not connected yet"
@@ -179,6 +181,7 @@ class Link:
         self._writer = writer
         self.greeted(str(hello["store"]))
         self.is_up = True
+        self.number += 1
         self.tried.set()
         pulse = asyncio.create_task(self._pulse())
         try:
@@ -232,7 +235,7 @@ class Server:
             while True:
                 async with asyncio.timeout(30):
                     message, size = await read_frame(reader)
-                    spool = tempfile.SpooledTemporaryFile(MEMORY, dir=self._folder)
+                    spool = tempfile.SpooledTemporaryFile(MEMORY, dir=self._folder)  # noqa: SIM115
                     left = size
                     while left:
                         piece = await reader.readexactly(min(left, PIECE))
@@ -258,4 +261,3 @@ class Server:
             elif message["operations"]:
                 await self._apply(message["operations"])
         writer.write(frame({"seq": message["seq"], "ok": done}))
-

@@ -107,7 +107,7 @@ DELIVERY = re.compile(
     r"([0-9A-Za-z]{6,}): to=<(.*?)>, (?:orig_to=<(.*?)>, )?relay=.*?, delay=.*?, dsn=[0-9.]+, status=(\w+) \((.*)\)$",
     re.DOTALL,
 )
-# Dovecot's LMTP answer. The session differs for each recipient: ID, ID:R2, ID:2:R3 …; its events and log lines have it too.
+# Dovecot's LMTP answer. Each recipient has a session of its own (ID, ID:R2 …), as in Dovecot's events and log.
 SAVED = re.compile(r"250 2\.0\.0 <.*> (\S+) Saved$")
 # lmtp(recipient)<process><SESSION>: …
 LMTP = re.compile(r"lmtp\((?:.*?)\)<\d+><([^<>]+)>: ")
@@ -236,10 +236,7 @@ def expand(
         local, _, domain = address.rpartition("@")
         base, mark, detail = local.partition(delimiter)
         keys = [(address, "")] + ([(f"{base}@{domain}", mark + detail)] if mark and base else []) + [(f"@{domain}", "")]
-        for key, extension in keys:
-            answer = lookup(key)
-            if answer:
-                break
+        answer, extension = next(((found, rest) for key, rest in keys if (found := lookup(key))), ("", ""))
         targets = []
         for target in (part.strip().lower() for part in answer.split(",")):
             if not target:

@@ -1,4 +1,4 @@
-"""For administrators, as root: list entries, note what is safe after a takeover, bring back what a lost host took with it."""
+"""For root: list entries, note what is safe after a takeover, bring back what a lost host took with it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Service:
         self._answers: dict[tuple[str, str], str] = {}
         self._users: dict[str, str] = {}
         self._present: dict[tuple[str, float], set[str]] = {}
-        value = "virtual_alias_maps virtual_mailbox_domains recipient_delimiter myorigin".split()
+        value = ["virtual_alias_maps", "virtual_mailbox_domains", "recipient_delimiter", "myorigin"]
         lines = output(["postconf", "-x", *value]).splitlines()
         found = dict(line.split(" = ", 1) if " = " in line else (line.rstrip(" ="), "") for line in lines)
         self.aliases = split_maps(found["virtual_alias_maps"])
@@ -98,8 +98,8 @@ class Service:
         base = local.partition(self.delimiter)[0] if self.delimiter else local
         name = f"{base or local}@{domain}"
         if name not in self._users:
-            found = output(["doveadm", "user", "-f", "user", name], none=[NO_SUCH_USER]).strip()
-            self._users[name] = found
+            found = output(["doveadm", "user", "-f", "home", name], none=[NO_SUCH_USER]).strip()
+            self._users[name] = name if found else ""
         return self._users[name]
 
     def present(self, user: str, since: float) -> set[str]:
@@ -166,8 +166,9 @@ def content(folder: Path, entry: dict[str, Any]) -> bytes:
         text = file.read(size)
     if len(text) != size:
         raise OSError(f"the content of {entry['id']} is not whole")
+    protocol = "ESMTPA" if entry["authenticated"] else "ESMTP"
     received = (
-        f"Received: from {entry['client']}\r\n\tby {entry['host']} with {'ESMTPA' if entry['authenticated'] else 'ESMTP'}"
+        f"Received: from {entry['client']}\r\n\tby {entry['host']} with {protocol}"
         f" id {entry['qid']};\r\n\t{email.utils.formatdate(entry['time'], localtime=True)}\r\n"
     )
     return received.encode(errors="replace") + text
@@ -187,6 +188,8 @@ def tell(text: str) -> None:
 def do(work: Work, folder: Path) -> dict[str, int]:
     """Carry out a plan; returns how many recipients were served and how many could not be now."""
     failed: list[str] = []
+    # Nothing is given up for a mailbox that is not known now: it stays open, and listed, until it is too old.
+    left = {entry["id"] for entry, _address in work.unknown}
     for entry, address in work.present:
         mark(entry, address, "safe")
     for entry, address in [*work.deliver, *work.send]:
@@ -206,7 +209,7 @@ def do(work: Work, folder: Path) -> dict[str, int]:
         tell(f"{entry['id']} to {address}: brought back")
     for entry, address in work.unknown:
         tell(f"{entry['id']} to {address}: there is no such mailbox (any more)")
-    done = [{"op": "done", "id": identifier} for identifier in work.finished if identifier not in failed]
+    done = [{"op": "done", "id": identifier} for identifier in work.finished if identifier not in {*failed, *left}]
     if done:
         request(do="apply", operations=done)
     return {"brought_back": len(work.deliver) + len(work.send) - len(failed), "failed": len(failed)}
@@ -263,6 +266,20 @@ def settle(settings: dict[str, Any]) -> dict[str, int]:
                 operations.append({"op": "recipient", "id": entry["id"], "recipient": address, "state": "safe"})
     request(do="apply", operations=operations)
     return {"entries": len(entries), "recipients": looked, "safe": len(operations)}
+
+
+def drop_replayed(settings: dict[str, Any], seconds: float) -> int:
+    """On a lost host that is back with its disk: delete from its queue what the other one has brought back meanwhile.
+
+    seconds: how long to wait for the other one to tell; returns the number of messages.
+    """
+    deadline = time.monotonic() + seconds
+    while settings["peer"] and not request(do="status")["peer_told"] and time.monotonic() < deadline:
+        time.sleep(0.5)
+    ids = [entry["qid"] for entry in request(do="entries", which="done") if entry["host"] == settings["host"]]
+    if ids:
+        subprocess.run(["postsuper", "-d", "-"], input="\n".join(ids), text=True, check=True, timeout=600)
+    return len(ids)
 
 
 def listing(which: str) -> list[dict[str, Any]]:

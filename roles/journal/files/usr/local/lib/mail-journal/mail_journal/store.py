@@ -44,7 +44,7 @@ class Store:
     """The segments in a folder, named by number. Each start begins a new one: nothing follows a torn record."""
 
     def __init__(self, folder: Path, reserve: int, saved: Callable[[dict[str, Any], Place, int], None]) -> None:
-        """reserve: octets that stay free on the disk; saved: told (metadata, place, end) of each record that is safe."""
+        """reserve: octets that stay free on the disk; saved: told (metadata, place, end) of each safe record."""
         self.folder, self.reserve, self._saved = folder, reserve, saved
         folder.mkdir(mode=0o700, exist_ok=True)
         self._queue: queue.SimpleQueue[Item] = queue.SimpleQueue()
