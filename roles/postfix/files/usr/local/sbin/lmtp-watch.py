@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LOOK = 1.0  # seconds between two looks
-ANSWER = 3.0  # seconds that the store gets for its greeting
+ANSWER = 2.0  # seconds that the store gets for its greeting
 # Seconds between two flushes while deliveries go on failing although the store greets.
 PAUSES = (0, 5, 15, 60)
 # Postfix's own words for a delivery that got no answer: no route, no connection, a session that broke off, bad TLS.
@@ -131,7 +131,7 @@ def main() -> int:
     def flush() -> None:
         print("The mail store answers again: what waits for it is sent", flush=True)
         for domain in options.domains:
-            subprocess.run(["/usr/sbin/postqueue", "-s", domain], check=False, timeout=60)
+            subprocess.run(["/usr/sbin/postqueue", "-s", domain], check=True, timeout=60)
 
     watch = Watch(
         Deferred(options.spool),

@@ -66,9 +66,7 @@ def main() -> int:
     while True:
         primary = holds() if wanted == "current" else wanted == "primary"
         try:
-            command(
-                "REPLICAOF", *(("NO", "ONE") if primary else PRIMARY), password=PASSWORD.read_text("utf-8").strip()
-            )
+            command("REPLICAOF", *(("NO", "ONE") if primary else PRIMARY), password=PASSWORD.read_text("utf-8").strip())
         except (OSError, ValkeyError) as error:
             # The text of an error never holds the password: it goes out and does not come back.
             if time.monotonic() > deadline:
