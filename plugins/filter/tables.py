@@ -35,9 +35,23 @@ def host_names(hosts: Iterable[Mapping[str, Any]], domain: str) -> list[dict[str
     ]
 
 
+def uplink_addresses(uplinks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the addresses from which a host sends over its lines (host_uplinks).
+
+    >>> uplink_addresses([{"address4": "192.0.2.1", "helo": "mx1.tinh.gov.vn"}, {"address6": "2001:db8::1"}])
+    ['192.0.2.1', '2001:db8::1']
+    """
+    return [line[name] for line in uplinks for name in ("address4", "address6") if line.get(name)]
+
+
 class FilterModule:
     """Ansible's entry point."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {"host_table": host_table, "service_table": service_table, "host_names": host_names}
+        return {
+            "host_table": host_table,
+            "service_table": service_table,
+            "host_names": host_names,
+            "uplink_addresses": uplink_addresses,
+        }

@@ -190,7 +190,9 @@ def may_write(module, passwords):
             for uri in given["peers"]
         }
         connection = connect()
-        step, why = next_step(own_stamps(connection, given["base"]), peers, writer=given["writer"], alone=given["alone"])
+        step, why = next_step(
+            own_stamps(connection, given["base"]), peers, writer=given["writer"], alone=given["alone"]
+        )
         if step == "refuse":
             module.fail_json(
                 msg=f"{why}: start it; only when it is gone for good, with all that it had, run again with "

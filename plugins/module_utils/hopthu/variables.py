@@ -43,9 +43,11 @@ class Specification:
             for entry in yaml.safe_load(file.read_text(encoding="utf-8"))["argument_specs"].values():
                 options.update(entry["options"])
         return cls(
-            hosts=frozenset(site["hosts"]),
+            hosts=frozenset(name for name, entry in site["hosts"].items() if entry["required"]),
             inventory=frozenset(name for name, entry in site["inventory"].items() if entry["required"]),
-            optional=frozenset(name for name, entry in site["inventory"].items() if not entry["required"]),
+            optional=frozenset(
+                name for name, entry in (site["hosts"] | site["inventory"]).items() if not entry["required"]
+            ),
             secrets={name: entry["description"] for name, entry in site["secrets"].items()},
             roles=frozenset(options),
             wired=frozenset(yaml.safe_load(wiring.read_text(encoding="utf-8"))),

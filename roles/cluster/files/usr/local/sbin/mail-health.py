@@ -132,7 +132,10 @@ def cluster_alarms(before, after, size, node):
     if before is None:
         before = {"quorate": True, "members": size, "device": True, "holder": after["holder"]}
     if before["quorate"] and not after["quorate"]:
-        yield "cluster-quorum", f"{node} has lost quorum: it does not hold the service before it sees another host again"
+        yield (
+            "cluster-quorum",
+            f"{node} has lost quorum: it does not hold the service before it sees another host again",
+        )
     if after["members"] < min(before["members"], size):
         yield "cluster-peer", f"{node} does not see the other host any more"
     if before["device"] and not after["device"]:

@@ -75,8 +75,14 @@ def load(session, base, sid):
     command = ["/usr/sbin/slapadd", "-F", str(WORK), "-b", base, "-q", "-S", sid]
     number = 0
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, user=USER, group=USER,
-        extra_groups=[], cwd="/",
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        user=USER,
+        group=USER,
+        extra_groups=[],
+        cwd="/",
     ) as process:
         writer = ldif.LDIFWriter(process.stdin)
         writer_file = process.stdin
