@@ -159,8 +159,8 @@ def peer_stamps(uri, base, replicator, words, ca_file):
                 connection.simple_bind_s(replicator, word)
             except ldap.INVALID_CREDENTIALS:
                 continue
-            return stamps(connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])[0][1]["contextCSN"])
-        return {}  # it does not know the identity yet: nobody can have copied anything from it
+            return stamps(connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])[0][1].get("contextCSN", []))
+        return {}  # it does not know the identity yet
     except (ldap.SERVER_DOWN, ldap.TIMEOUT, ldap.CONNECT_ERROR):
         return SILENT
     finally:

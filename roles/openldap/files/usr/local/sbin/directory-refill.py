@@ -7,6 +7,7 @@ folder only.
 """
 
 import argparse
+import base64
 import fcntl
 import json
 import os
@@ -19,7 +20,6 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import ldap
-import ldif
 
 CONFIG = Path("/etc/ldap/slapd.d")
 WORK = Path("/run/directory-refill")
@@ -70,6 +70,15 @@ def stored(attributes):
     return {name: values for name, values in attributes.items() if name.lower() not in own}
 
 
+def as_ldif(dn, attributes):
+    """Return an entry as LDIF (RFC 2849), every value in base64."""
+    lines = [b"dn:: " + base64.b64encode(dn.encode())]
+    lines += [
+        name.encode() + b":: " + base64.b64encode(value) for name, values in attributes.items() for value in values
+    ]
+    return b"\n".join(lines) + b"\n\n"
+
+
 def load(session, base, sid):
     """Copy a peer's tree into the database of the configuration in WORK; return the number of entries."""
     command = ["/usr/sbin/slapadd", "-F", str(WORK), "-b", base, "-q", "-S", sid]
@@ -78,13 +87,11 @@ def load(session, base, sid):
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, user=USER, group=USER,
         extra_groups=[], cwd="/",
     ) as process:
-        writer = ldif.LDIFWriter(process.stdin)
-        writer_file = process.stdin
         try:
             for dn, attributes in compare.entries(session, base):
-                writer.unparse(dn, stored(attributes))
+                process.stdin.write(as_ldif(dn, stored(attributes)))
                 number += 1
-            writer_file.close()
+            process.stdin.close()
         except BrokenPipeError:
             pass  # its own words follow
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
