@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,7 +23,11 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "ldap", SimpleNamespace(controls=controls))
     monkeypatch.setitem(sys.modules, "ldap.controls", controls)
     monkeypatch.setitem(sys.modules, "ldap.controls.simple", simple)
-    return SourceFileLoader("directory_compare", str(FOLDER / "directory-compare.py")).load_module()
+    spec = spec_from_file_location("directory_compare", FOLDER / "directory-compare.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(

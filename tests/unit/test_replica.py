@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from hopthu.replica import ABSENT, SILENT, Stamps, covers, next_step, stamps
 
 EARLY, LATE = "20261126101542.088530Z#000000#001#000000", "20261126101543.000001Z#000000#001#000000"

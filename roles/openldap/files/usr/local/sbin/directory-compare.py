@@ -86,9 +86,7 @@ def differences(here, there):
 def single(session, dn):
     """Return the attributes of one entry, None when it is not there."""
     try:
-        return session.search_ext_s(
-            dn, ldap.SCOPE_BASE, attrlist=["*", "+"], serverctrls=[ManageDSAITControl()]
-        )[0][1]
+        return session.search_ext_s(dn, ldap.SCOPE_BASE, attrlist=["*", "+"], serverctrls=[ManageDSAITControl()])[0][1]
     except ldap.NO_SUCH_OBJECT:
         return None
 
@@ -160,8 +158,9 @@ def main():
         status[peer] = {"entries": size, "differing": number}
         code = 1 if number else code
     if STATUS.parent.is_dir():
-        text = json.dumps({"time": int(time.time()), "seconds": round(time.monotonic() - began, 1), "code": code,
-                           "peers": status})
+        text = json.dumps(
+            {"time": int(time.time()), "seconds": round(time.monotonic() - began, 1), "code": code, "peers": status}
+        )
         new = STATUS.with_suffix(".new")
         new.write_text(text + "\n", encoding="utf-8")
         os.replace(new, STATUS)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import ldap
@@ -26,7 +27,17 @@ WORK = Path("/run/directory-refill")
 LOCK = "/run/lock/hopthu-directory"  # the one of the loader, which must not write meanwhile
 USER = "openldap"
 
-compare = SourceFileLoader("directory_compare", "/usr/local/sbin/directory-compare").load_module()
+
+def program(path):
+    """Return the program in a file as a module."""
+    loader = SourceFileLoader(Path(path).stem.replace("-", "_"), path)
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+sys.dont_write_bytecode = True
+compare = program("/usr/local/sbin/directory-compare")
 
 
 class Refused(Exception):
@@ -84,8 +95,14 @@ def load(session, base, sid):
     command = ["/usr/sbin/slapadd", "-F", str(WORK), "-b", base, "-q", "-S", sid]
     number = 0
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, user=USER, group=USER,
-        extra_groups=[], cwd="/",
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        user=USER,
+        group=USER,
+        extra_groups=[],
+        cwd="/",
     ) as process:
         try:
             for dn, attributes in compare.entries(session, base):
