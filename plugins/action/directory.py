@@ -27,7 +27,7 @@ from hopthu import export, report, state
 from hopthu.durable import replaced
 from hopthu.slips import Holder, Slips, SlipsRefused, check_certificates
 
-_SESSION = ("base", "uri", "bind_dn", "password_file")
+_SESSION = ("base", "uri", "bind_dn", "password_file", "peers", "ca_file")
 _HOST_FOLDER = "/var/lib/hopthu/directory"
 
 
@@ -47,6 +47,8 @@ class ActionModule(ActionBase):
                 "uri": {"type": "str", "default": "ldapi:///"},
                 "bind_dn": text,
                 "password_file": path,
+                "peers": {"type": "list", "elements": "str", "default": []},
+                "ca_file": path,
                 "slips_path": path,
                 "slips_certificates": paths,
                 "plan_file": path,
@@ -168,7 +170,10 @@ class ActionModule(ActionBase):
                 self._remove_tmp_path(temporary)
             if answer.get("failed"):
                 return {**result, **answer}
-            result["changed"] = True
+            result.update(changed=True, **_only(answer, "filled", "behind"))
+            if answer["behind"]:
+                # It takes it over when it comes back: no failure.
+                result["warnings"] = [f"{peer} does not have yet what was written" for peer in answer["behind"]]
             if passwords:
                 result["slips_files"].append(str(slips.finish()))
         report.mark_applied(Path(args["plan_file"]))

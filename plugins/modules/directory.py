@@ -38,6 +38,16 @@ options:
   password_file:
     description: File on the host that holds the password of O(bind_dn) and nothing else.
     type: path
+  peers:
+    description:
+      - URIs (C(ldaps://)) of the other providers. C(apply) ends when they have what was written, or after a minute; so
+        long the passwords of the run can still be made again. One that does not answer is named in C(behind).
+    type: list
+    elements: str
+    default: []
+  ca_file:
+    description: File on the host with the authorities that the certificates of O(peers) are from.
+    type: path
   slips_path:
     description: Folder on the controller for the slips with initial passwords.
     type: path
@@ -129,6 +139,14 @@ applications:
   description: Number of applications in the files.
   type: int
   returned: success
+behind:
+  description: The peers that do not have yet what was written.
+  type: list
+  returned: when a plan was carried out
+filled:
+  description: Whether an empty tree was filled at once, which peers had better copy as a whole.
+  type: bool
+  returned: when a plan was carried out
 live_unread:
   description: Why the live tree could not be read, and was taken as empty. Only in check mode.
   type: str
@@ -151,6 +169,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.hopthu import fill
 from ansible.module_utils.hopthu.passwords import initial_password, ssha512
 from ansible.module_utils.hopthu.plan import READ, Change, Row, exported, make_plan, make_reset_plan, read_plan
+from ansible.module_utils.hopthu.replica import covers, stamps
 from ansible.module_utils.hopthu.steps import BRANCHES, Step, first_entry
 
 try:
@@ -164,6 +183,7 @@ except ImportError:
 PAGE = 500  # entries
 TIMEOUT = 60  # seconds, for one LDAP operation
 WINDOW = 400  # operations under way at a time
+COPIED = 60  # seconds that peers are given to take over what was written
 UNSYNCED = 250  # from so many operations on, slapd writes to disk only at the end
 DECISION = 1000  # changes in one entry of the decision log
 LOCK = "/run/lock/hopthu-directory"
@@ -448,7 +468,41 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
         except ldap.LDAPError as error:
             raise Refused(f"slapd refuses an entry of the decision log: {reason(error)}; mend it, run again") from None
     os.unlink(path)
-    return {"changed": True, "counts": header["counts"]}
+    # A tree that was filled at once comes to the peers in another way.
+    behind = [] if header["fill"] else await_copies(given)
+    return {"changed": True, "counts": header["counts"], "filled": bool(header["fill"]), "behind": behind}
+
+
+def await_copies(given: dict[str, Any]) -> list[str]:
+    """Wait until the peers have what this host has; return those that do not."""
+    deadline = time.monotonic() + COPIED
+    behind = list(given["peers"])
+    mine = newest(given, given["uri"]) if behind else {}
+    while True:
+        behind = [peer for peer in behind if not covers(newest(given, peer), mine)]
+        if not behind or time.monotonic() > deadline:
+            return behind
+        time.sleep(0.5)
+
+
+def newest(given: dict[str, Any], uri: str) -> dict[str, str]:
+    """Return the newest change of each provider that a copy has; nothing when it does not answer."""
+    try:
+        with open(given["password_file"], encoding="utf-8") as file:
+            password = file.read().rstrip("\r\n")
+        connection = session(uri)
+        connection.set_option(ldap.OPT_NETWORK_TIMEOUT, 5)
+        connection.set_option(ldap.OPT_TIMEOUT, 10)
+        if uri.startswith("ldaps://"):
+            connection.set_option(ldap.OPT_X_TLS_CACERTFILE, given["ca_file"])
+            connection.set_option(ldap.OPT_X_TLS_REQUIRE_CERT, ldap.OPT_X_TLS_DEMAND)
+            connection.set_option(ldap.OPT_X_TLS_NEWCTX, 0)
+        connection.simple_bind_s(given["bind_dn"], password)
+        found = connection.search_s(given["base"], ldap.SCOPE_BASE, attrlist=["contextCSN"])
+        connection.unbind_s()
+        return stamps(found[0][1].get("contextCSN", []))
+    except (ldap.LDAPError, IndexError):
+        return {}
 
 
 def compare_and_swap(connection: Any, base: str, number: int) -> None:
@@ -627,6 +681,8 @@ def main() -> None:
             "uri": {"required": True},
             "bind_dn": {"required": True},
             "password_file": {"type": "path", "required": True, "no_log": False},
+            "peers": {"type": "list", "elements": "str", "default": []},
+            "ca_file": {"type": "path"},
             "desired_file": {"type": "path"},
             "resets_file": {"type": "path"},
             "plan_file": {"type": "path"},

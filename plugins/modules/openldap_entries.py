@@ -34,7 +34,7 @@ options:
     default: {}
   secrets:
     description:
-      - What stands in the text as C({secret:NAME}), between quotation marks; by name. Neither a diff nor a log shows it.
+      - What stands in the text as C({secret:NAME}), by name. Neither a diff nor a log shows it.
     type: dict
     default: {}
   peers:
@@ -159,8 +159,10 @@ def peer_stamps(uri, base, replicator, words, ca_file):
                 connection.simple_bind_s(replicator, word)
             except ldap.INVALID_CREDENTIALS:
                 continue
-            return stamps(connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])[0][1]["contextCSN"])
-        return {}  # it does not know the identity yet: nobody can have copied anything from it
+            return stamps(
+                connection.search_s(base, ldap.SCOPE_BASE, attrlist=["contextCSN"])[0][1].get("contextCSN", [])
+            )
+        return {}  # it does not know the identity yet
     except (ldap.SERVER_DOWN, ldap.TIMEOUT, ldap.CONNECT_ERROR):
         return SILENT
     finally:
@@ -177,8 +179,8 @@ def copy(module, peer):
 def may_write(module, passwords):
     """Wait until this host has the tree, and, when it is not the writer, what the writer wrote.
 
-    Return whether it may write, and whether the tree was copied. In check mode nothing is waited for, and what has still
-    to come counts as no change of this host's.
+    Return whether it may write, and whether the tree was copied. In check mode nothing is waited for, and what has
+    still to come counts as no change of this host's.
     """
     given, was_copied = module.params, False
     words = passwords[given["replicator_dn"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hopthu.entries import Attributes, Change, as_text, canonical_dn, changes
+from hopthu.entries import Attributes, Change, as_text, canonical_dn, changes, insert
 
 OVERLAY = "olcOverlay=unique,olcDatabase={2}mdb,cn=config"
 
@@ -82,3 +82,34 @@ def test_a_diff_hides_passwords() -> None:
     assert "old" not in text
     assert "new" not in text
     assert "cn: admin" in text
+
+
+SYNC = 'rid=001 binddn="cn=a" credentials="{secret:replicator}" timeout=60'
+
+
+@pytest.mark.parametrize(
+    ("password", "inserted"), [("plain", 'credentials="plain"'), ('a"b\\c', r'credentials="a\"b\\c"')]
+)
+def test_a_password_of_the_configuration_is_compared_and_never_shown(password: str, inserted: str) -> None:
+    text = insert(SYNC, {"replicator": password})
+    assert inserted in text
+    live: dict[str, Attributes] = {OVERLAY: {"olcX": [b"{0}" + text.encode()]}}
+    assert changes(live, [(OVERLAY, {"olcX": [text.encode()]})]) == []
+    other = insert(SYNC, {"replicator": "other"})
+    (change,) = changes(live, [(OVERLAY, {"olcX": [other.encode()]})])
+    for side in ("before", "after"):
+        shown = as_text(change, side, frozenset())
+        assert "timeout=60" in shown
+        assert not {"plain", "other", "b\\c"} & set(shown.split('"')), shown
+        assert "credentials=(hidden)" in shown
+
+
+def test_an_unknown_secret_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        insert(SYNC, {})
+
+
+def test_what_goes_is_written_first_and_the_rest_in_the_order_of_the_text() -> None:
+    live: dict[str, Attributes] = {OVERLAY: {"olcGone": [b"1"]}}
+    (change,) = changes(live, [(OVERLAY, {"olcSyncrepl": [b"1"], "olcMultiProvider": [b"TRUE"]})])
+    assert list(change.after) == ["olcGone", "olcSyncrepl", "olcMultiProvider"]

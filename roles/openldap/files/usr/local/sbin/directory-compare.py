@@ -22,7 +22,7 @@ STATUS = Path("/run/directory-compare/status.json")
 PAGE = 1000  # entries
 AGAIN = 30  # seconds between the looks
 SINGLY = 500  # so many entries are asked for one by one at the second look; of more, the whole tree
-SHOWN = 100  # lines
+SHOWN = 20  # lines
 # Made up by each slapd when it answers, or its own mark of how far it is.
 OWN = frozenset({"contextcsn", "entrydn", "subschemasubentry", "hassubordinates", "auditcontext"})
 

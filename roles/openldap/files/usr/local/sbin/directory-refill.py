@@ -7,6 +7,7 @@ folder only.
 """
 
 import argparse
+import base64
 import fcntl
 import json
 import os
@@ -16,17 +17,27 @@ import subprocess
 import sys
 import time
 from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import ldap
-import ldif
 
 CONFIG = Path("/etc/ldap/slapd.d")
 WORK = Path("/run/directory-refill")
 LOCK = "/run/lock/hopthu-directory"  # the one of the loader, which must not write meanwhile
 USER = "openldap"
 
-compare = SourceFileLoader("directory_compare", "/usr/local/sbin/directory-compare").load_module()
+
+def program(path):
+    """Return the program in a file as a module."""
+    loader = SourceFileLoader(Path(path).stem.replace("-", "_"), path)
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+sys.dont_write_bytecode = True
+compare = program("/usr/local/sbin/directory-compare")
 
 
 class Refused(Exception):
@@ -70,6 +81,15 @@ def stored(attributes):
     return {name: values for name, values in attributes.items() if name.lower() not in own}
 
 
+def as_ldif(dn, attributes):
+    """Return an entry as LDIF (RFC 2849), every value in base64."""
+    lines = [b"dn:: " + base64.b64encode(dn.encode())]
+    lines += [
+        name.encode() + b":: " + base64.b64encode(value) for name, values in attributes.items() for value in values
+    ]
+    return b"\n".join(lines) + b"\n\n"
+
+
 def load(session, base, sid):
     """Copy a peer's tree into the database of the configuration in WORK; return the number of entries."""
     command = ["/usr/sbin/slapadd", "-F", str(WORK), "-b", base, "-q", "-S", sid]
@@ -84,13 +104,11 @@ def load(session, base, sid):
         extra_groups=[],
         cwd="/",
     ) as process:
-        writer = ldif.LDIFWriter(process.stdin)
-        writer_file = process.stdin
         try:
             for dn, attributes in compare.entries(session, base):
-                writer.unparse(dn, stored(attributes))
+                process.stdin.write(as_ldif(dn, stored(attributes)))
                 number += 1
-            writer_file.close()
+            process.stdin.close()
         except BrokenPipeError:
             pass  # its own words follow
         said = process.stderr.read().decode(errors="replace").strip().splitlines()
