@@ -132,7 +132,10 @@ def cluster_alarms(before, after, size, node):
     if before is None:
         before = {"quorate": True, "members": size, "device": True, "holder": after["holder"]}
     if before["quorate"] and not after["quorate"]:
-        yield "cluster-quorum", f"{node} has lost quorum: it does not hold the service before it sees another host again"
+        yield (
+            "cluster-quorum",
+            f"{node} has lost quorum: it does not hold the service before it sees another host again",
+        )
     if after["members"] < min(before["members"], size):
         yield "cluster-peer", f"{node} does not see the other host any more"
     if before["device"] and not after["device"]:
@@ -145,7 +148,7 @@ def cluster_alarms(before, after, size, node):
 
 
 def tls_context():
-    """TLS without a look at the certificate: it is the host's own, at a loopback address; its end is watched elsewhere."""
+    """TLS without a look at the certificate: it is the host's own, at a loopback address, and watched elsewhere."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
