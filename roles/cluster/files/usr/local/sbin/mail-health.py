@@ -148,7 +148,7 @@ def cluster_alarms(before, after, size, node):
 
 
 def tls_context():
-    """TLS without a look at the certificate: it is the host's own, at a loopback address; its end is watched elsewhere."""
+    """TLS without a look at the certificate: it is the host's own, at a loopback address, and watched elsewhere."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
