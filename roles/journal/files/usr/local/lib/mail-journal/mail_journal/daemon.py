@@ -11,9 +11,11 @@ import select
 import shutil
 import signal
 import sqlite3
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Coroutine
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,12 @@ SESSION_SECONDS = 8 * 86400
 RUN = Path("/run/mail-journal")
 
 
+def give_up(what: str, error: BaseException | None) -> None:
+    """End at once: systemd starts the daemon again, and mail waits for it meanwhile."""
+    logging.critical("%s: %s", what, error, exc_info=error)
+    os._exit(1)
+
+
 class Journal:
     """Everything that the daemon's parts share."""
 
@@ -58,6 +66,7 @@ class Journal:
         self.link: Link | None = None
         self.news = asyncio.Event()
         self._told = 0
+        self._tasks: list[asyncio.Task[None]] = []
         self.store_id = ""
         self.outage = Outage(settings["alarm_seconds"])
         self.failures: set[str] = set()
@@ -116,6 +125,7 @@ class Journal:
         self.index.start()
         self.recover()
         settings = self.settings
+        listening = [self._sockets()]
         if settings["peer"]:
             certificates = Certificates(settings["ca"], settings["certificate"], settings["key"])
             self.link = Link(self.loop, settings["peer"], settings["port"], certificates, self.store.path)
@@ -123,27 +133,24 @@ class Journal:
             server = Server(
                 settings["peer"], certificates, lambda: self.store_id, self.spool, self._append, self._take_news
             )
-            self.loop.create_task(server.listen(settings["addresses"], settings["port"]))
-            self.loop.create_task(self.link.run())
-            self.loop.create_task(self._hand_over())
-        self.loop.create_task(self._sockets())
+            listening.append(server.listen(settings["addresses"], settings["port"]))
+            self._for_ever(self.link.run())
+            self._for_ever(self._hand_over())
         threading.Thread(target=self._run_loop, name="loop", daemon=True).start()
+        for begin in listening:
+            asyncio.run_coroutine_threadsafe(begin, self.loop).result(10)
         threading.Thread(target=self._follow, name="log", daemon=True).start()
         threading.Thread(target=self._keep_house, name="house", daemon=True).start()
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.set_exception_handler(self._broken)
         self.loop.run_forever()
 
-    def _broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """A part of the loop failed in a way nobody foresaw: begin anew, systemd starts the daemon again."""
-        error = context.get("exception")
-        if isinstance(error, (OSError, EOFError, Away, asyncio.CancelledError)) or error is None:
-            loop.default_exception_handler(context)
-            return
-        logging.critical("the loop failed: %s", context["message"], exc_info=error)
-        os._exit(1)
+    def _for_ever(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a part of the loop that never ends; if it does, the daemon begins anew."""
+        task = self.loop.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(lambda ended: give_up("a part of the daemon ended", ended.exception()))
 
     # --- the peer --------------------------------------------------------------------------------
 
@@ -262,9 +269,8 @@ class Journal:
     def _follow(self) -> None:
         try:
             self._follow_log()
-        except Exception:
-            logging.critical("the log cannot be followed", exc_info=True)
-            os._exit(1)
+        except Exception as error:
+            give_up("the log cannot be followed", error)
 
     def _follow_log(self) -> None:
         reader = journal.Reader()
@@ -336,6 +342,8 @@ class Journal:
                 " what is accepted now stands on this host alone",
             )
         if beat % 5 == 1:
+            # A loop that hangs is no life.
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(10)
             notify("WATCHDOG=1")
             status = self.status()
             temporary = RUN / "status.json.new"
@@ -482,7 +490,10 @@ def main(settings: dict[str, Any]) -> None:
     """Run until systemd says stop."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.umask(0o077)
+    # A message passes through several threads; none waits long for those that read the log.
+    sys.setswitchinterval(0.0005)
     (RUN / "alarm").mkdir(mode=0o700, exist_ok=True)
+    threading.excepthook = lambda failure: give_up(f"{failure.thread} failed", failure.exc_value)
     shared = Journal(settings)
     shared.start()
     Message.shared = shared

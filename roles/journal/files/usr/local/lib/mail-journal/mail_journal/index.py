@@ -49,7 +49,7 @@ class Index:
     """The thread that owns the database; everything else hands it operations (`post`) or questions (`ask`)."""
 
     def __init__(self, path: Path, host: str, has_peer: bool, committed: Callable[[], None] = lambda: None) -> None:
-        """host: this host's name; committed: called after each commit."""
+        """host: this host's name; committed: called after each commit that brought news for the peer."""
         self.host, self.has_peer = host, has_peer
         self._committed = committed
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -58,6 +58,7 @@ class Index:
         self._database.executescript(SCHEMA)
         self._database.execute("INSERT OR IGNORE INTO notes VALUES ('store', ?)", (str(uuid.uuid4()),))
         self._touched: set[str] = set()
+        self._has_news = False
 
     def start(self) -> None:
         """Begin to work on what is posted."""
@@ -94,7 +95,9 @@ class Index:
                     answer.set_result(value)
                 else:
                     answer.set_exception(error)
-            self._committed()
+            if self._has_news:
+                self._has_news = False
+                self._committed()
 
     def _work(self, item: Any, answers: list[tuple[Future[Any], Any, Exception | None]]) -> None:
         if isinstance(item, dict):
@@ -124,6 +127,7 @@ class Index:
         if kind in SHARED and self.has_peer and not from_peer:
             shared = operation if kind in ("synced", "done") or "id" in operation else {"host": self.host} | operation
             self._database.execute("INSERT INTO outbox (operation) VALUES (?)", (json.dumps(shared),))
+            self._has_news = True
 
     def _find(self, operation: dict[str, Any]) -> str | None:
         """Id of the entry that an operation is about; None when it is not known (any more)."""
