@@ -66,6 +66,7 @@ class Journal:
         self.link: Link | None = None
         self.news = asyncio.Event()
         self._told = 0
+        self._alarms: dict[str, float] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.store_id = ""
         self.outage = Outage(settings["alarm_seconds"])
@@ -75,7 +76,10 @@ class Journal:
         self.peer_told = False
 
     def alarm(self, name: str, text: str) -> None:
-        """Have an alarm raised: a unit of root's takes the file. The log has it in any case."""
+        """Have an alarm raised, once a minute at most: a unit of root's takes the file."""
+        if time.monotonic() - self._alarms.get(name, -60.0) < 60:
+            return
+        self._alarms[name] = time.monotonic()
         logging.error("alarm %s: %s", name, text)
         temporary = RUN / f"{name}.{threading.get_ident()}"
         with contextlib.suppress(OSError):
