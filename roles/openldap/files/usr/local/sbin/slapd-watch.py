@@ -12,8 +12,8 @@ import time
 import ldap
 
 UNIT = "slapd.service"
-EVERY = 2  # seconds
-ANSWER = 3  # seconds that an answer may take
+EVERY = 1  # seconds
+ANSWER = 2  # seconds that an answer may take
 SILENCES = 2  # so many in a row are enough
 START = 30  # seconds that a slapd is left alone after it was started
 
