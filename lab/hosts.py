@@ -343,7 +343,7 @@ def _create(lab: Lab, host: str, addresses: list[str], image: str, limits: Seque
 
 
 def _store_disk(lab: Lab, host: str) -> list[str]:
-    """The option that gives a host a small disk of its own for the mail store; nothing unless HOPTHU_LAB_STORE_MIB is set.
+    """The option that gives a host a small disk of its own for the mail store; none unless HOPTHU_LAB_STORE_MIB is set.
 
     With it a test can fill the store's disk and not this machine's.
     """
@@ -354,8 +354,10 @@ def _store_disk(lab: Lab, host: str) -> list[str]:
     if not folder.is_mount():
         folder.mkdir(parents=True, exist_ok=True)
         machine.run(["truncate", "-s", f"{size}M", image], "The store's disk could not be made")
-        machine.run(["mkfs.ext4", "-q", "-F", "-m", "0", image], "The store's disk could not be made")
+        # Many small files, and no room kept for root: full is full.
+        machine.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-i", "8192", image], "The store's disk could not be made")
         machine.run(["mount", "-o", "loop", image, folder], "The store's disk could not be mounted")
+        (folder / "lost+found").rmdir()
     return ["--volume", f"{folder}:/srv/vmail"]
 
 
