@@ -12,7 +12,6 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 WANTED = Path("/etc/pacemaker/hopthu.xml")
-# Options first: without them nothing may start. What is referred to comes before what refers to it.
 SECTIONS = ("crm_config", "rsc_defaults", "resources", "constraints")
 OPTIONS = "hopthu-options"
 QUORUM_SECONDS = 90
@@ -76,14 +75,17 @@ def main():
     await_quorum()
     wanted = xml.parse(WANTED).getroot()
     live = xml.fromstring(run("cibadmin", "--query", "--scope=configuration"))
-    for section, element in list(differences(live, wanted)):
+    changes = dict(differences(live, wanted))
+    for section, element in changes.items():
         print(section)
-        if "--check" not in sys.argv:
-            # By standard input: a command line is everybody's to read.
-            text = xml.tostring(element, encoding="unicode")
-            is_new = live.find(section) is None
-            how = ("--create", "--scope=configuration") if is_new else ("--replace", f"--scope={section}")
-            run("cibadmin", *how, "--xml-pipe", text=text)
+        if (now := live.find(section)) is not None:
+            live.remove(now)
+        live.append(element)
+    if changes and "--check" not in sys.argv:
+        # All at once: a constraint must not name a resource that is not there yet or no more. By standard input: a
+        # command line is everybody's to read.
+        text = xml.tostring(live, encoding="unicode")
+        run("cibadmin", "--replace", "--scope=configuration", "--xml-pipe", text=text)
     return 0
 
 
