@@ -184,6 +184,7 @@ PAGE = 500  # entries
 TIMEOUT = 60  # seconds, for one LDAP operation
 WINDOW = 400  # operations under way at a time
 COPIED = 60  # seconds that peers are given to take over what was written
+GONE = 10  # seconds after which a peer that does not answer is not waited for
 UNSYNCED = 250  # from so many operations on, slapd writes to disk only at the end
 DECISION = 1000  # changes in one entry of the decision log
 LOCK = "/run/lock/hopthu-directory"
@@ -474,13 +475,15 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
 
 
 def await_copies(given: dict[str, Any]) -> list[str]:
-    """Wait until the peers have what this host has; return those that do not."""
-    deadline = time.monotonic() + COPIED
+    """Wait until the peers have what this host has; return those that do not. None is waited for in vain for long."""
     behind = list(given["peers"])
     mine = newest(given, given["uri"]) if behind else {}
+    began = time.monotonic()
     while True:
-        behind = [peer for peer in behind if not covers(newest(given, peer), mine)]
-        if not behind or time.monotonic() > deadline:
+        found = {peer: newest(given, peer) for peer in behind}
+        behind = [peer for peer in behind if not covers(found[peer], mine)]
+        patience = COPIED if any(found[peer] for peer in behind) else GONE
+        if not behind or time.monotonic() - began > patience:
             return behind
         time.sleep(0.5)
 
@@ -498,7 +501,7 @@ def newest(given: dict[str, Any], uri: str) -> dict[str, str]:
             connection.set_option(ldap.OPT_X_TLS_REQUIRE_CERT, ldap.OPT_X_TLS_DEMAND)
             connection.set_option(ldap.OPT_X_TLS_NEWCTX, 0)
         connection.simple_bind_s(given["bind_dn"], password)
-        found = connection.search_s(given["base"], ldap.SCOPE_BASE, attrlist=["contextCSN"])
+        found = connection.search_s(given["base"], ldap.SCOPE_BASE, "(contextCSN=*)", ["contextCSN"])
         connection.unbind_s()
         return stamps(found[0][1].get("contextCSN", []))
     except (ldap.LDAPError, IndexError):
