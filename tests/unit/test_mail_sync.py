@@ -138,3 +138,26 @@ def test_lone_messages_go_by_guid_not_by_uid() -> None:
     here = {("message", "INBOX", "1"): ("g1", "10", ""), ("message", "INBOX", "2"): ("g2", "10", "")}
     there = {("message", "INBOX", "7"): ("g1", "10", ""), ("message", "INBOX", "8"): ("g3", "10", "")}
     assert compare.lone_messages(here, there) == ({"INBOX": ["2"]}, {"INBOX": ["8"]})
+
+
+def test_nobody_who_was_not_compared_passes_for_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that dies of an answer it does not understand once left 2,003 mailboxes `equal`."""
+
+    class Silent:
+        """A side whose answers have another width than is asked for."""
+
+        def __init__(self, *_settings: object) -> None: ...
+        def __enter__(self) -> Silent:
+            return self
+
+        def __exit__(self, *_reason: object) -> None: ...
+        def rows(self, *_what: object) -> list[tuple[str, ...]]:
+            raise self.error
+
+    settings = doveadm.Settings("p", "127.0.0.1:1", "s", 4, 2, 30, 60, 5, 10, "", "Units/")
+    monkeypatch.setattr(compare, "Doveadm", Silent)
+    for error in (ValueError("width"), compare.Unreachable("gone")):
+        Silent.error = error  # type: ignore[attr-defined]
+        run = compare.Comparison(settings)
+        run.look([AN, UNIT])
+        assert run.problems

@@ -47,7 +47,7 @@ def content(side: Doveadm, user: str, prefix: str) -> Content:
     ]
     for name, *numbers in folders:
         found["folder", name] = tuple(numbers)
-        rights = side.rows(2, user, "acl get", name)
+        rights = side.rows(3, user, "acl get", name)
         if rights:
             found["rights", name] = tuple(sorted(" ".join(row) for row in rights))
     for name, uid, *rest, flags in side.rows(5, user, "fetch", "mailbox uid guid size.physical flags", "ALL"):
@@ -86,19 +86,24 @@ class Comparison:
         self._settings = settings
         self._lock = threading.Lock()
         self._todo: list[str] = []
+        self._left = 0
         self.found: dict[str, list[str]] = {}
         self.problems: list[str] = []
         self.messages = 0
 
     def look(self, users: Iterable[str]) -> None:
-        """Compare users; `found` then has who differs."""
+        """Compare users; `found` then has who differs, `problems` why the look is worth nothing."""
         self._todo = sorted(users, reverse=True)
+        self._left = len(self._todo)
         self.found = {}
         threads = [threading.Thread(target=self._work) for _number in range(WORKERS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        # Whatever ended a worker: nobody who was not compared may pass for equal.
+        if self._left and not self.problems:
+            self.problems.append(f"{self._left} mailboxes were not compared")
 
     def _work(self) -> None:
         with Doveadm() as local, Doveadm(self._settings) as peer:
@@ -111,16 +116,21 @@ class Comparison:
                     here, there = (content(side, user, self._settings.units_prefix) for side in (local, peer))
                 except Unreachable as error:
                     with self._lock:
-                        self.problems.append(str(error))
+                        self.problems.append(f"{user}: {error}")
                     return
                 except Failed as error:
                     lines = [f"cannot be compared: {error}"] if error.code != "NOUSER" else []
+                except ValueError as error:
+                    with self._lock:
+                        self.problems.append(f"{user}: an answer is not understood: {error}")
+                    return
                 else:
                     lines = differences(here, there)
                     with self._lock:
                         self.messages += sum(key[0] == "message" for key in here)
-                if lines:
-                    with self._lock:
+                with self._lock:
+                    self._left -= 1
+                    if lines:
                         self.found[user] = lines
 
 
@@ -139,9 +149,9 @@ def lone_messages(here: Content, there: Content) -> tuple[dict[str, list[str]], 
     return found
 
 
-def guids(side: Doveadm, user: str, folder: str, *query: str) -> dict[str, str]:
-    """Return the UIDs of a folder's messages by their GUIDs."""
-    return {guid: uid for uid, guid in side.rows(2, user, "fetch", "uid guid", "mailbox", folder, *query)}
+def uids(side: Doveadm, user: str, folder: str, guid: str) -> list[int]:
+    """Return the UIDs of a message in a folder, lowest first: more than one of its copies there share its GUID."""
+    return sorted(int(uid) for uid, its in side.rows(2, user, "fetch", "uid guid", "mailbox", folder) if its == guid)
 
 
 def repair(settings: Settings, user: str, mend: bool) -> None:
@@ -152,28 +162,30 @@ def repair(settings: Settings, user: str, mend: bool) -> None:
     """
     with Doveadm() as local, Doveadm(settings) as peer:
         sides = (local, peer)
-        lone = lone_messages(*(content(side, user, settings.units_prefix) for side in sides))
-        copies: list[tuple[Doveadm, str, str, str]] = []
-        for side, folders in zip(sides, lone, strict=True):
-            for folder, uids in folders.items():
-                for uid in uids:
-                    before = guids(side, user, folder)
+        contents = [content(side, user, settings.units_prefix) for side in sides]
+        copied = []
+        for side, its, folders in zip(sides, contents, lone_messages(*contents), strict=True):
+            for folder, numbers in folders.items():
+                for uid in numbers:
                     side.call(user, "copy", folder, "mailbox", folder, "uid", uid)
-                    original = next(guid for guid, number in before.items() if number == uid)
-                    new = guids(side, user, folder).keys() - before.keys()
-                    copies += [(side, folder, original, copy) for copy in new]
+                    copied.append((side, folder, its["message", folder, uid][0]))
         if mend:
             for side in sides:
                 side.call(user, "force-resync", "*")
-        subprocess.run(["/usr/local/sbin/mail-sync", "user", user], check=False, stdout=subprocess.DEVNULL)
+        sync(user)
         superfluous = False
-        for side, folder, original, copy in copies:
-            present = guids(side, user, folder)
-            if original in present and copy in present:
-                side.call(user, "expunge", "mailbox", folder, "uid", present[copy])
+        for side, folder, guid in copied:
+            extra = uids(side, user, folder, guid)[1:]
+            if extra:
+                side.call(user, "expunge", "mailbox", folder, "uid", ",".join(map(str, extra)))
                 superfluous = True
         if superfluous:
-            subprocess.run(["/usr/local/sbin/mail-sync", "user", user], check=False, stdout=subprocess.DEVNULL)
+            sync(user)
+
+
+def sync(user: str) -> None:
+    """Sync a user message by message; whether it helped, the next look tells."""
+    subprocess.run(["/usr/local/sbin/mail-sync", "user", user], check=False, stdout=subprocess.DEVNULL)
 
 
 def main() -> int:

@@ -41,6 +41,7 @@ CONTROL = RUN / "control.sock"
 AGAIN = 0.25  # seconds between two syncs of one user, so that a burst of changes makes few
 STALLED = 30  # seconds without progress after which doveadm gives a sync up
 LAG_WINDOW = 300.0  # seconds of which the status tells the lag
+COLLISION = 5.0  # seconds after a change that fell into a running sync until the user is synced message by message
 RECHECK = 2.0  # seconds after which a difference that the sweep saw is looked at again
 KEPT_SESSIONS = 20000  # told to the journal later, when it does not listen now
 STATUS = "messages uidnext uidvalidity highestmodseq guid"
@@ -66,13 +67,20 @@ def is_holder() -> bool:
     return subprocess.run(command, check=False, timeout=20).returncode == 0
 
 
-def notify(state: str) -> None:
-    """Tell systemd."""
+def notify(state: str, keep: socket.socket | None = None) -> None:
+    """Tell systemd; `keep`: a connection that it holds for the next run of this daemon."""
     address = os.environ.get("NOTIFY_SOCKET")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to:
             to.connect("\0" + address[1:] if address.startswith("@") else address)
-            to.send(state.encode())
+            socket.send_fds(to, [state.encode()], [keep.fileno()] if keep else [])
+
+
+def inherited() -> list[socket.socket]:
+    """Return the sockets that systemd hands over: the events', and connections that a former run was reading."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    return [socket.socket(fileno=3 + number) for number in range(int(os.environ.get("LISTEN_FDS", "0")))]
 
 
 def write(path: Path, content: Any, mode: int) -> None:
@@ -136,6 +144,7 @@ class Queue:
         self.dirty: dict[str, Entry] = {}
         self.running: dict[str, Entry] = {}
         self.background: dict[str, None] = {}
+        self.collided: dict[str, float] = {}
         self.paused = True
         self.stopped = False
         self.changed = True
@@ -151,6 +160,9 @@ class Queue:
                 self.dirty[change.user] = entry
             entry.add(change)
             entry.full |= full
+            if change.user in self.running:
+                # A plain sync may take two sides for equal that changed equally often, and say nothing.
+                self.collided[change.user] = now + COLLISION
             self.changed = True
             self.condition.notify()
 
@@ -202,6 +214,22 @@ class Queue:
             self.changed = True
             self.condition.notify_all()
 
+    def verify_collided(self) -> int:
+        """Sync those message by message whose change fell into a sync, once they are quiet; return how many."""
+        with self.condition:
+            now = time.time()
+            due = [
+                user
+                for user, when in self.collided.items()
+                if when <= now and user not in self.dirty and user not in self.running
+            ]
+            for user in due:
+                del self.collided[user]
+                self.background[user] = None
+            if due:
+                self.condition.notify_all()
+            return len(due)
+
     def busy(self, user: str) -> bool:
         """Tell whether a user waits or is being synced."""
         with self.condition:
@@ -230,7 +258,7 @@ class MailSync:
         self.journal = Journal(settings.journal_socket)
         self.lags: deque[tuple[float, float]] = deque(maxlen=100000)
         self.user_lags: dict[str, tuple[float, float]] = {}
-        self.counters = {"runs": 0, "failures": 0, "changed_during_sync": 0, "events": 0, "healed": 0}
+        self.counters = {"runs": 0, "failures": 0, "changed_during_sync": 0, "verified": 0, "events": 0, "healed": 0}
         self.last_sweep: dict[str, Any] | None = None
         self.last_full: dict[str, Any] | None = None
         self.away_since: float | None = None
@@ -338,6 +366,8 @@ class MailSync:
             except Exception as error:  # a worker that dies is missed only when all are behind
                 log(f"{user}: {type(error).__name__}: {error}")
                 local.close()
+                with self.lock:
+                    self.failed_users[user] = str(error)
                 again = backoff(entry.attempts + 1)
             self.queue.finish(user, again)
 
@@ -421,6 +451,8 @@ class MailSync:
         """Return when to try again a user whose sync failed; None when there is no such user any more."""
         if error.code == "NOUSER":
             log(f"{user}: no such mailbox any more")
+            with self.lock:
+                self.failed_users.pop(user, None)
             return None
         if error.code == "CHANGED":
             # It went on changing meanwhile. That is no failure, but nothing is known to be over either.
@@ -544,7 +576,15 @@ class MailSync:
     def listen(self) -> None:
         """Read events and requests."""
         selector = selectors.DefaultSelector()
-        for listener, kind in self.listeners():
+        handed = inherited()
+        listeners = [one for one in handed if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)] or [
+            bound(EVENTS)
+        ]
+        # Dovecot's exporter goes on writing where it wrote; were its connection closed, the next events would be lost.
+        for connection in set(handed) - set(listeners):
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ, ("events", bytearray()))
+        for listener, kind in [(one, "events") for one in listeners] + [(bound(CONTROL), "control")]:
             listener.setblocking(False)
             selector.register(listener, selectors.EVENT_READ, (kind, None))
         while not self.queue.stopped:
@@ -558,15 +598,11 @@ class MailSync:
                             threading.Thread(target=self.answer, args=(connection,), daemon=True).start()
                         else:
                             connection.setblocking(False)
+                            notify("FDSTORE=1\nFDNAME=exporter", connection)
                             selector.register(connection, selectors.EVENT_READ, (kind, bytearray()))
                 elif not self.read_events(key.fileobj, rest):  # type: ignore[arg-type]
                     selector.unregister(key.fileobj)
                     key.fileobj.close()  # type: ignore[union-attr]
-
-    def listeners(self) -> list[tuple[socket.socket, str]]:
-        """Return the sockets: the events' from systemd, so that it stays when this daemon goes, and the requests'."""
-        events = socket.socket(fileno=3) if os.environ.get("LISTEN_PID") == str(os.getpid()) else bound(EVENTS)
-        return [(events, "events"), (bound(CONTROL), "control")]
 
     def read_events(self, connection: socket.socket, rest: bytearray) -> bool:
         """Take in what a connection of the exporter has; False when it is closed."""
@@ -636,6 +672,7 @@ class MailSync:
 
     def tick(self, count: int) -> None:
         """What is done every second."""
+        self.counters["verified"] += self.queue.verify_collided()
         status = self.status()
         write(RUN / "status.json", status, 0o644)
         if self.queue.changed or count % 10 == 0:
