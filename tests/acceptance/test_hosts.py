@@ -16,11 +16,15 @@ LISTENS = {
     "mx": {"*:25", "127.0.0.1:8461"},  # and what reads MTA-STS policies for Postfix
     "mailstore": {"*:24", "*:110", "*:143", "*:993", "*:995", "*:4190", "*:465", "*:587"},
     "monitor": {"*:6514"},
+    "quorum": {"*:5403"},
 }
 # On every host that filters mail: Valkey, Rspamd with its web page, and stunnel's both ends.
 FILTERS = {"127.0.0.1:6379", "127.0.0.1:11332", "127.0.0.1:11335", "*:11334"}
-FILTERS |= {"*:11342", "*:13310", "127.0.0.2:11332", "127.0.0.1:23310"}
-VALKEY = {True: "*:16379", False: "127.0.0.1:26379"}  # offered by the mail store, used by the others
+FILTERS |= {"*:11342", "*:13310", "127.0.0.2:11332", "127.0.0.1:23310", "*:16379", "127.0.0.1:26379"}
+# On each of two hosts: what they say to each other. Corosync; the journal and its milter; what one host cannot send goes
+# to the other; doveadm, and the way to the other's.
+PAIR = {"udp own:5405", "*:2526", "127.0.0.1:2527", "*:10025", "127.0.0.1:10027", "127.0.0.1:10028"}
+PAIR |= {"127.0.0.1:12345", "*:12344", "127.0.0.1:12346"}
 # systemd-analyze's measure of what a daemon could do that its job does not need: 0 nothing, 10 everything.
 EXPOSURE = 5.0
 NOT_CONFINED = {
@@ -32,7 +36,7 @@ NOT_CONFINED = {
     "cron.service": "its jobs are the packages' own, as root",
     "unattended-upgrades.service": "it installs packages",
 }
-READERS = {"postfix", "dovecot", "openldap", "_rspamd", "valkey", "stunnel4", "ssl-cert", "vmail"}
+READERS = {"postfix", "dovecot", "openldap", "_rspamd", "valkey", "stunnel4", "ssl-cert", "vmail", "mail-journal"}
 # On a host: where the secrets stand, each given as name → text. Files, the processes' arguments and environments, the
 # journal. The secrets come and go through pipes, so that the search is not itself what it looks for.
 SEARCH = """
@@ -103,11 +107,12 @@ def test_no_unit_has_failed(service: Service) -> None:
 
 def listening(service: Service, host: str) -> set[str]:
     """What listens on a host, written as in LISTENS."""
-    found = set()
+    found, own = set(), service.hosts[host]["addresses"].values()
     for line in service.run(host, "ss -Hltnu").splitlines():
         protocol, local = line.split()[0], line.split()[4]
         address, port = local.rsplit(":", 1)
         address = "*" if address in ("0.0.0.0", "[::]", "*") else address.split("%")[0]
+        address = "own" if address.strip("[]") in own else address
         found.add(f"{'udp ' if protocol == 'udp' else ''}{address}:{port}")
     return found
 
@@ -120,7 +125,9 @@ def test_nothing_listens_that_is_not_documented(service: Service) -> None:
     for host, values in service.hosts.items():
         expected[host] = set().union(*(LISTENS.get(group, set()) for group in ["", *values["groups"]]))
         if {"mx", "mailstore"} & set(values["groups"]):
-            expected[host] |= FILTERS | {VALKEY["mailstore" in values["groups"]]}
+            expected[host] |= FILTERS
+        if "mailstore" in values["groups"] and len(service.in_group("mailstore")) > 1:
+            expected[host] |= PAIR
     assert found == expected
 
 
