@@ -17,8 +17,8 @@ import yaml
 from service import Service, accepts, wait
 
 # What each function opens: to everybody, to the networks of the users, to those of the management. What only the hosts
-# reach among themselves (24 LMTP, 2526 journal, 5403 quorum, 6514 log, 10025 relay, 11342, 13310 and 16379 filters, 12344
-# mailboxes) is open to none of the three.
+# reach among themselves (24 LMTP, 2526 journal, 5403 quorum, 6514 log, 10025 relay, 11342, 13310 and 16379 filters,
+# 12344 mailboxes) is open to none of the three.
 WORLD = {"mx": {25}}
 USERS = {"directory": {636}, "mailstore": {110, 143, 993, 995, 4190}}
 MANAGEMENT = {"": {22}, "mx": {11334}, "mailstore": {11334}}
