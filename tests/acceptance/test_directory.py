@@ -88,7 +88,7 @@ def test_weak_and_used_passwords_are_refused(service: Service, mailbox: Mailbox)
 
 # --- who may do what
 
-DAEMONS = ("postfix", "dovecot", "guard", "auditor", "loader")
+DAEMONS = ("postfix", "dovecot", "guard", "auditor", "loader", "replicator", "probe")
 IDENTITIES = ("anonymous", "unit", "person", "head", "application", *DAEMONS, "admin")
 # What stands in an entry, and so what somebody might read or write there.
 PUBLIC = {"objectClass", "uid", "mail", "mailLocalAddress", "mailboxState", "mailboxClass", "userCertificate;binary"}
@@ -125,6 +125,8 @@ READ: dict[str, dict[str, set[str]]] = {
     },
     "guard": {kind: {"objectClass", "uid", "mail", "pwdAccountLockedTime"} for kind in ("unit", "person")},
     "loader": {**{kind: HELD[kind] for kind in ("unit", "person", "application")}, "directory": HELD["directory"]},
+    # A copy has everything.
+    "replicator": {kind: names for kind, names in HELD.items() if kind != "audit"},
     "admin": HELD,
 }
 # The same for writing. The guard only deletes.
