@@ -45,6 +45,7 @@ COLLISION = 5.0  # seconds after a change that fell into a running sync until th
 RECHECK = 2.0  # seconds after which a difference that the sweep saw is looked at again
 KEPT_SESSIONS = 20000  # told to the journal later, when it does not listen now
 STATUS = "messages uidnext uidvalidity highestmodseq guid"
+NOTHING = 0.0  # since when who is synced although nobody knows of a change has been waiting
 USAGE = 64
 
 
@@ -180,7 +181,7 @@ class Queue:
                     now = time.time()
                     if user is not None:
                         del self.background[user]
-                        entry = self.dirty.pop(user, None) or Entry(since=now)
+                        entry = self.dirty.pop(user, None) or Entry(since=NOTHING)
                         entry.full = True
                         return self._start(user, entry)
                     if not background:
@@ -208,6 +209,7 @@ class Queue:
                 later = self.dirty.pop(user, None)
                 if later is not None:
                     entry.absorb(later)
+                entry.since = entry.since or time.time()
                 entry.attempts += 1
                 entry.not_before = time.time() + again_after
                 self.dirty[user] = entry
@@ -244,7 +246,8 @@ class Queue:
     def waiting(self) -> dict[str, float]:
         """Return since when each user has been waiting."""
         with self.condition:
-            return {user: one.since for part in (self.dirty, self.running) for user, one in part.items()}
+            parts = (self.dirty, self.running)
+            return {user: one.since for part in parts for user, one in part.items() if one.since}
 
 
 class MailSync:
@@ -290,7 +293,7 @@ class MailSync:
         """Write what the next run has to know."""
         with self.queue.condition:
             self.queue.changed = False
-            dirty = {user: entry.as_json() for user, entry in self.queue.running.items()}
+            dirty = {user: entry.as_json() for user, entry in self.queue.running.items() if entry.since}
             for user, entry in self.queue.dirty.items():
                 dirty[user] = entry.as_json()
         content = {
@@ -389,8 +392,9 @@ class MailSync:
             self.journal.tell(user, entry.sessions)
         with self.lock:
             self.failed_users.pop(user, None)
-            self.lags.append((now, now - entry.since))
-            self.user_lags[user] = (round(now - entry.since, 3), round(now, 3))
+            if entry.since:
+                self.lags.append((now, now - entry.since))
+                self.user_lags[user] = (round(now - entry.since, 3), round(now, 3))
         return None
 
     def sync_scripts(self, local: Doveadm, user: str, scripts: Mapping[str, str], full: list[str]) -> None:

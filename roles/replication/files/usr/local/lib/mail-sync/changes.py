@@ -104,6 +104,7 @@ class Entry:
 
     def absorb(self, later: Entry) -> None:
         """Take over what came while this one was being tried and failed."""
+        self.since = self.since or later.since
         self.sessions += later.sessions
         self.full |= later.full
         self.deeds |= later.deeds
