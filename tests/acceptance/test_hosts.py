@@ -33,6 +33,7 @@ NOT_CONFINED = {
     "console-getty.service": "the console of a container",
     "user@0.service": "the session of root itself",
     "auditd.service": "as Debian sets it up; it does not run where this is measured",
+    "pacemaker.service": "it starts and stops what the cluster tells it to, addresses and units, as root",
     "cron.service": "its jobs are the packages' own, as root",
     "unattended-upgrades.service": "it installs packages",
 }
