@@ -189,9 +189,10 @@ class Service:
             connection.unbind()
 
     @contextmanager
-    def ldap_admin(self) -> Iterator[ldap3.Connection]:
-        """A session of the directory's administrator that raises what is refused."""
-        with self.ldap(self.admin_dn, self._admin_password) as connection:
+    def ldap_admin(self, host: str = "") -> Iterator[ldap3.Connection]:
+        """A session of the directory's administrator, at the service or at a host, that raises what is refused."""
+        address = self.hosts[host]["addresses"]["v4"] if host else None
+        with self.ldap(self.admin_dn, self._admin_password, address) as connection:
             assert connection.bound, "the administrator of the directory cannot log in"
             connection.raise_exceptions = True
             yield connection
@@ -231,7 +232,8 @@ class Service:
 
     def _knows(self, host: str, dn: str) -> bool:
         """Whether the directory of a host has an entry."""
-        with self.ldap(self.admin_dn, self._admin_password, self.hosts[host]["addresses"]["v4"]) as admin:
+        with self.ldap_admin(host) as admin:
+            admin.raise_exceptions = False
             return bool(admin.search(dn, "(objectClass=*)", ldap3.BASE))
 
     # --- daemons and queues
