@@ -123,6 +123,7 @@ def test_accepted_mail_waits_for_the_directory(service: Service, mailbox: Mailbo
             wait(
                 f"{host} tries again and waits",
                 lambda host=host: all("said: 451" in reason for _, reason in service.queued(host, mailbox.address)),
+                60,  # the store asks both directories first
             )
             assert service.queued(host, mailbox.address)
     flush(service)
