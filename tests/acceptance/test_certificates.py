@@ -103,7 +103,7 @@ def from_acme(service: Service, lab: dict[str, Any], hosts: list[str], folder: P
 def test_certificate_comes_from_an_acme_server_and_is_renewed(
     service: Service, lab: dict[str, Any], mailbox: Mailbox, tmp_path: Path
 ) -> None:
-    """On the host that does not serve: under the service's name the ACME server meets the other one, which sends it on."""
+    """On the host that does not serve: under the service's name the server meets the other one, which sends it on."""
     hosts = service.in_group("mx")
     host = hosts[-1]
     address = service.hosts[host]["addresses"]["v4"]
