@@ -351,13 +351,15 @@ def _store_disk(lab: Lab, host: str) -> list[str]:
     if not size:
         return []
     folder, image = lab.build / "disks" / host, lab.build / "disks" / f"{host}.img"
-    if not folder.is_mount():
-        folder.mkdir(parents=True, exist_ok=True)
-        machine.run(["truncate", "-s", f"{size}M", image], "The store's disk could not be made")
-        # Many small files, and no room kept for root: full is full.
-        machine.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-i", "8192", image], "The store's disk could not be made")
-        machine.run(["mount", "-o", "loop", image, folder], "The store's disk could not be mounted")
-        (folder / "lost+found").rmdir()
+    if folder.is_mount():  # of a host that is no more
+        machine.run(["umount", folder], "The store's old disk could not be unmounted")
+    folder.mkdir(parents=True, exist_ok=True)
+    image.unlink(missing_ok=True)
+    machine.run(["truncate", "-s", f"{size}M", image], "The store's disk could not be made")
+    # Many small files, and no room kept for root: full is full.
+    machine.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-i", "8192", image], "The store's disk could not be made")
+    machine.run(["mount", "-o", "loop", image, folder], "The store's disk could not be mounted")
+    (folder / "lost+found").rmdir()
     return ["--volume", f"{folder}:/srv/vmail"]
 
 

@@ -31,6 +31,7 @@ def run(name: str, command: list[str]) -> bool:
     print(f"\n--- {name}", flush=True)
     started = time.monotonic()
     environment = os.environ | {"HOPTHU_LAB": f"build/{LAB}/lab.json", "HOPTHU_KILLS": "50"}
+    environment |= {"HOPTHU_LAB_STORE_MIB": "8192"}  # a disk that may be filled
     good = subprocess.run([sys.executable, *command], cwd=CHECKOUT, env=environment, check=False).returncode == 0
     print(f"--- {name}: {'passed' if good else 'FAILED'} in {time.monotonic() - started:.0f} s", flush=True)
     return good
