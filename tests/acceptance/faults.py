@@ -56,6 +56,13 @@ class FaultError(Exception):
     """A fault cannot be made here; the sentence says why."""
 
 
+def _dropping(table: str, device: str, match: Sequence[str]) -> str:
+    """Rules of nftables that drop what comes in at a device and matches."""
+    chain = f' chain in {{\n  type filter hook ingress device "{device}" priority -500; policy accept;\n'
+    body = "".join(f"  {line}\n" for line in match)
+    return f"table netdev {table}\ndelete table netdev {table}\ntable netdev {table} {{\n{chain}{body} }}\n}}\n"
+
+
 class Hosts:
     """The hosts of a lab as their power supplies, cables and disks know them."""
 
@@ -159,20 +166,34 @@ class Hosts:
     def drop(self, host: str, senders: Sequence[str] | None) -> None:
         """Have a host receive nothing from the named hosts; None cuts it off from everybody, both ways.
 
-        Before the host's own firewall, and below IP: neither ARP nor a half-open connection gets through.
+        Before the host's own firewall, and below IP: neither ARP nor a half-open connection gets through. What a host
+        that is cut off sends is dropped at the other end of its cable, so that it learns nothing of it: told by its own
+        kernel, Corosync would try again for ever.
         """
         match = [f"ether saddr {self._hardware_address(sender)} drop" for sender in senders or ()] or ["drop"]
-        chains = [("in", "ingress"), *([("out", "egress")] if senders is None else [])]
-        rules = "table netdev cut\ndelete table netdev cut\ntable netdev cut {\n"
-        for chain, hook in chains:
-            rules += f' chain {chain} {{\n  type filter hook {hook} device "eth0" priority -500; policy accept;\n'
-            rules += "".join(f"  {line}\n" for line in match) + " }\n"
-        self._net(host, "nft", "-f", "-", stdin=rules + "}\n")
+        self._net(host, "nft", "-f", "-", stdin=_dropping("cut", "eth0", match))
+        if senders is None:
+            self._outside(host, _dropping(self._table(host), self._far_end(host), ["drop"]))
 
     def mend(self, host: str) -> None:
         """Undo `drop`; nothing happens where nothing is cut or the host is off."""
         if self.pid(host):
             self._net(host, "nft", "-f", "-", stdin="table netdev cut\ndelete table netdev cut\n")
+            self._outside(host, f"table netdev {self._table(host)}\ndelete table netdev {self._table(host)}\n")
+
+    def _table(self, host: str) -> str:
+        return "cut_" + self.service.hosts[host]["container"].replace("-", "_")
+
+    def _far_end(self, host: str) -> str:
+        """Name of the interface of this machine at which the cable of a host ends."""
+        index = json.loads(self._net(host, "ip", "-j", "link", "show", "eth0"))[0]["link_index"]
+        links = json.loads(subprocess.run(["ip", "-j", "link"], capture_output=True, text=True, check=True).stdout)
+        return str(next(link["ifname"] for link in links if link["ifindex"] == index))
+
+    def _outside(self, host: str, rules: str) -> None:
+        """Load rules into the network of this machine, with the program of a host."""
+        call = ["nsenter", "-t", str(self.pid(host)), "-m", "nft", "-f", "-"]
+        subprocess.run(call, input=rules, capture_output=True, text=True, check=True)
 
     def _hardware_address(self, host: str) -> str:
         return str(json.loads(self._net(host, "ip", "-j", "link", "show", "eth0"))[0]["address"])
