@@ -295,25 +295,22 @@ def sync_problems(status: str) -> list[str]:
 
 
 @contextmanager
-def host_killed(hosts: Hosts) -> Iterator[None]:
+def _without_power(hosts: Hosts, host: str) -> Iterator[None]:
+    hosts.kill(host)
+    try:
+        yield
+    finally:
+        hosts.start(host)
+
+
+def host_killed(hosts: Hosts) -> AbstractContextManager[None]:
     """The active host loses its power."""
-    host = hosts.active()
-    hosts.kill(host)
-    try:
-        yield
-    finally:
-        hosts.start(host)
+    return _without_power(hosts, hosts.active())
 
 
-@contextmanager
-def witness_lost(hosts: Hosts) -> Iterator[None]:
+def witness_lost(hosts: Hosts) -> AbstractContextManager[None]:
     """The witness alone loses its power."""
-    host = hosts.service.in_group("quorum")[0]
-    hosts.kill(host)
-    try:
-        yield
-    finally:
-        hosts.start(host)
+    return _without_power(hosts, hosts.service.in_group("quorum")[0])
 
 
 @contextmanager

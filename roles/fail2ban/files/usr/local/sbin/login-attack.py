@@ -2,7 +2,7 @@
 """login-attack ADDRESS JAIL FAILURES: raise the alarm that an address is shut out, and lift the locks that it caused.
 
 The directory locks a login after so many wrong passwords, whoever typed them. When those who are not shut out could
-not have caused the lock by themselves, it goes, on every provider, for each counts its own failures.
+not have caused the lock by themselves, it goes, on every provider at once: they learn from each other a moment later.
 """
 
 import ast

@@ -39,6 +39,10 @@ def main() -> int:
         "drop-replayed", help="before Postfix starts: delete from the queue what the peer replayed"
     )
     drops.add_argument("--wait", type=float, default=15, metavar="SECONDS", help="for the peer to tell")
+    asks = commands.add_parser(
+        "is-replayed", help="exit code 0 when a replay has brought this message back, 1 when not"
+    )
+    asks.add_argument("id", help="the message's X-Journal-Id")
     replays = commands.add_parser("replay", help="bring back what a lost host took with it")
     replays.add_argument("--lost", required=True, help="full name of the lost host")
     replays.add_argument("--rebuilt", action="store_true", help="it answers, for it was made anew")
@@ -64,6 +68,8 @@ def main() -> int:
             print(json.dumps(replay.request(do="status")))
         elif arguments.command == "drop-replayed":
             print(f"{replay.drop_replayed(settings, arguments.wait)} messages had been brought back by the peer")
+        elif arguments.command == "is-replayed":
+            return 0 if replay.is_replayed(arguments.id) else 1
         elif arguments.command == "settle":
             print(json.dumps(replay.settle(settings)))
         else:

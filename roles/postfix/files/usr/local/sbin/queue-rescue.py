@@ -145,6 +145,10 @@ def main() -> int:
 
     def known(identity: str) -> bool:
         done = subprocess.run([*options.known, identity], check=False, stdout=subprocess.DEVNULL, timeout=60)
+        if done.returncode not in (0, 1):
+            raise SystemExit(
+                f"{options.known[0]} does not tell what was brought back: start mail-journal and run again"
+            )
         return done.returncode == 0
 
     NOTES.parent.mkdir(parents=True, exist_ok=True)

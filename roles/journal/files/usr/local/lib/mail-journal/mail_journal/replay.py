@@ -282,6 +282,11 @@ def drop_replayed(settings: dict[str, Any], seconds: float) -> int:
     return len(ids)
 
 
+def is_replayed(identifier: str) -> bool:
+    """Whether a replay has dealt with an entry while its queue file was still there."""
+    return any(entry["id"] == identifier for entry in request(do="entries", which="done"))
+
+
 def listing(which: str) -> list[dict[str, Any]]:
     """Metadata of entries: no content, no subject, no address."""
     found = []
