@@ -37,7 +37,7 @@ LAG_GOAL = {"max": 1.0}  # seconds
 STATUS = "/run/mail-sync/status.json"
 SWEEP, FULL = ("mail-sync", "sweep"), ("mail-sync", "full")
 UNITS = ("mail-sync.service", "dovecot.service")
-JOURNAL = re.compile(r":2527\b")  # its milter
+JOURNAL = re.compile(r"\bjournal/milter\b")  # its milter
 ITEM = re.compile(r"\{[^}]*\}|[^\s,]+")
 
 # On a host: processor seconds of a unit's processes and of their children that have ended.

@@ -37,19 +37,23 @@ stale:
 """
 
 import os
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 
+TIMESTAMP = "%a %Y-%m-%d %H:%M:%S.%f UTC"
+
 
 def last_read(module, unit):
     """Return (is it running, must systemd reread the unit, seconds since the epoch of its last start or reload)."""
-    wanted = "ActiveState,NeedDaemonReload,StateChangeTimestampMonotonic"
-    _rc, out, _err = module.run_command(["systemctl", "show", unit, "--property", wanted], check_rc=True)
+    wanted = "ActiveState,NeedDaemonReload,StateChangeTimestamp"
+    # The clock's own time, like that of the files: one taken from the time since the boot moves when the clock is set.
+    command = ["systemctl", "show", unit, "--timestamp=us+utc", "--property", wanted]
+    _rc, out, _err = module.run_command(command, check_rc=True)
     values = dict(line.split("=", 1) for line in out.splitlines() if "=" in line)
-    since_boot = int(values.get("StateChangeTimestampMonotonic") or 0) / 1_000_000
-    started = time.time() - time.clock_gettime(time.CLOCK_MONOTONIC) + since_boot
+    changed = values.get("StateChangeTimestamp")
+    started = datetime.strptime(changed, TIMESTAMP).replace(tzinfo=UTC).timestamp() if changed else 0
     return values.get("ActiveState") == "active", values.get("NeedDaemonReload") == "yes", started
 
 

@@ -81,7 +81,7 @@ def test_certificates_are_looked_at_every_day_and_are_good(service: Service) -> 
 def from_acme(service: Service, lab: dict[str, Any], hosts: list[str], folder: Path) -> Iterator[None]:
     """The time with an ACME server as the source of the hosts' certificates, as the operator would set it."""
     # What other roles export; and the firewall's own part, which needs every role of the site, is opened by hand.
-    exported = {"mta_sts_socketmap": "inet:127.0.0.1:8461", "journal_milter": "inet:127.0.0.1:2527"}
+    exported = {"mta_sts_socketmap": "inet:127.0.0.1:8461", "journal_milter": "unix:journal/milter"}
     play = {"hosts": ",".join(hosts), "roles": ["certificates", "postfix"], "vars": exported}
     server = service.outside["acme_directory"]
     try:

@@ -21,9 +21,9 @@ LISTENS = {
 # On every host that filters mail: Valkey, Rspamd with its web page, and stunnel's both ends.
 FILTERS = {"127.0.0.1:6379", "127.0.0.1:11332", "127.0.0.1:11335", "*:11334"}
 FILTERS |= {"*:11342", "*:13310", "127.0.0.2:11332", "127.0.0.1:23310", "*:16379", "127.0.0.1:26379"}
-# On each of two hosts: what they say to each other. Corosync; the journal and its milter; what one host cannot send and
+# On each of two hosts: what they say to each other. Corosync; the journal; what one host cannot send and
 # hands over; doveadm, and the way to the other one.
-PAIR = {"udp own:5405", "*:2526", "127.0.0.1:2527", "*:10025", "127.0.0.1:10027", "127.0.0.1:10028"}
+PAIR = {"udp own:5405", "*:2526", "*:10025", "127.0.0.1:10027", "127.0.0.1:10028"}
 PAIR |= {"127.0.0.1:12345", "*:12344", "127.0.0.1:12346"}
 # systemd-analyze's measure of what a daemon could do that its job does not need: 0 nothing, 10 everything.
 EXPOSURE = 5.0

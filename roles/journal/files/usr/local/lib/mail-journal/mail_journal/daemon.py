@@ -506,6 +506,8 @@ def main(settings: dict[str, Any]) -> None:
     Milter.set_exception_policy(Milter.TEMPFAIL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     notify("READY=1")
+    # libmilter makes the socket, which Postfix's user has to reach. The files lie in the daemon's own folder (0700).
+    os.umask(0o111)
     Milter.runmilter("mail-journal", settings["milter"], 600)
     # libmilter has ended; threads that wait for the network need not be waited for.
     os._exit(0)
