@@ -60,7 +60,8 @@ def last_read(module, unit):
 def change_times(paths):
     """Yield (file, time of its last change): ctime, which a copy that keeps the old mtime cannot fool."""
     for path in map(Path, paths):
-        files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+        # What Python keeps of a module that somebody has run is no file that the unit was given.
+        files = [p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc"] if path.is_dir() else [path]
         for file in files:
             if file.exists():
                 yield str(file), os.stat(file).st_ctime
