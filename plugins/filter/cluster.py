@@ -39,6 +39,25 @@ def service_addresses(addresses: Iterable[str]) -> list[dict[str, str]]:
     return [{"address": address} for address in addresses]
 
 
+def fencing_ways(devices: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what must go out to reach the fencing devices, as the firewall role takes it; UDP 623 is IPMI's.
+
+    >>> fencing_ways([{"host": "mail1", "options": {"ip": "192.0.2.9"}}])[0]["ports"]
+    [623]
+    """
+    return [
+        {
+            "name": f"fencing of {device['host']}",
+            "protocol": device.get("protocol", "udp"),
+            "ports": [device.get("port", 623)],
+            "user": "root",
+            "to": [device["options"]["ip"]],
+        }
+        for device in devices
+        if device.get("options", {}).get("ip")
+    ]
+
+
 class FilterModule:
     """Ansible's entry point."""
 
@@ -48,4 +67,5 @@ class FilterModule:
             "corosync_key": corosync_key,
             "cluster_nodes": cluster_nodes,
             "service_addresses": service_addresses,
+            "fencing_ways": fencing_ways,
         }
