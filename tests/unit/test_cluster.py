@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cluster import corosync_key
+from cluster import corosync_key, fencing_ways
 
 PROGRAMS = Path(__file__).parents[2] / "roles" / "cluster" / "files" / "usr" / "local" / "sbin"
 
@@ -36,6 +36,14 @@ health, configure, switch = program("mail-health"), program("cluster-configure")
 def test_the_key_is_as_long_as_corosync_wants_and_depends_on_the_secret() -> None:
     assert 128 <= len(corosync_key("x" * 32)) <= 4096
     assert corosync_key("x" * 32) == corosync_key("x" * 32) != corosync_key("y" * 32)
+
+
+def test_the_way_to_a_fencing_device_is_named_for_the_firewall() -> None:
+    board = {"host": "mail1", "agent": "fence_ipmilan", "options": {"ip": "192.0.2.9"}}
+    switch = {"host": "mail2", "options": {"ip": "192.0.2.8"}, "protocol": "tcp", "port": 161}
+    by_cable = {"host": "mail3", "agent": "fence_ipmilan", "options": {}}
+    ways = [(way["protocol"], way["ports"], way["to"], way["user"]) for way in fencing_ways([board, switch, by_cable])]
+    assert ways == [("udp", [623], ["192.0.2.9"], "root"), ("tcp", [161], ["192.0.2.8"], "root")]
 
 
 # --- health ----------------------------------------------------------------------------------
