@@ -97,7 +97,16 @@ def test_journal_holds_a_message_on_both_hosts_when_it_is_acknowledged(hosts: Ho
     listed = {host: map(json.loads, hosts.run(host, JOURNAL_LIST).splitlines()) for host in hosts.full}
     ids = [{entry["id"] for entry in entries if entry["qid"] == queued[1].decode()} for entries in listed.values()]
     assert len(ids[0]) == 1 and ids[0] == ids[1], ids
-    assert f"X-Journal-Id: {ids[0].pop()}".encode() in mailbox.take(str(message["Message-ID"]))
+    (identifier,) = ids[0]
+    assert f"X-Journal-Id: {identifier}".encode() in mailbox.take(str(message["Message-ID"]))
+
+    def state(host: str) -> str:
+        entries = map(json.loads, hosts.run(host, JOURNAL_LIST).splitlines())
+        return next(entry["state"] for entry in entries if entry["id"] == identifier)
+
+    # Delivered and in both stores, as Postfix's log and mail-sync say: only what is not so would be brought back.
+    for host in hosts.full:
+        wait(f"{host} knows that nothing is left to do", lambda host=host: state(host) == "settled")
 
 
 def test_silent_difference_is_found_and_repaired(hosts: Hosts, mailbox: Mailbox) -> None:

@@ -25,6 +25,7 @@ from mail_journal.records import (
     encode,
     expand,
     further,
+    gone_unseen,
     new_id,
     open_recipients,
     pieces,
@@ -196,7 +197,8 @@ def seen(state: str, here: bool = False) -> dict[str, Any]:
         pytest.param("lost", 0, {"a": seen("delivered", True)}, ["a"], [], id="delivered into the store here"),
         pytest.param("lost", 1, {}, ["a"], [], id="dealt with"),
         pytest.param("here", 0, {"a": seen("delivered")}, [], ["a"], id="own, delivered into the lost store"),
-        pytest.param("here", 0, {}, ["a"], [], id="own queue"),
+        pytest.param("here", 0, {}, [], [], id="own queue"),
+        pytest.param("here", 0, {}, ["a"], ["a"], id="own, and the log is silent"),
         pytest.param("here", 0, {"a": seen("delivered", True)}, [], [], id="own, and its reader may have deleted it"),
         pytest.param("other", 0, {"a": seen("delivered")}, ["a"], [], id="of neither"),
     ],
@@ -206,6 +208,21 @@ def test_what_a_replay_looks_at(
 ) -> None:
     entry = {"host": host, "done": done, "recipients": known}
     assert open_recipients(entry, "lost", "here", final) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "result"),
+    [
+        pytest.param({}, True, id="gone, and the log says nothing"),
+        pytest.param({"qid": "3Waits"}, False, id="waits"),
+        pytest.param({"removed": 1}, False, id="the log says what became of it"),
+        pytest.param({"time": 101.0}, False, id="came after the look at the queue"),
+        pytest.param({"host": "other"}, False, id="in another host's queue"),
+    ],
+)
+def test_a_log_that_is_silent_does_not_hide_what_left_the_queue(values: dict[str, Any], result: bool) -> None:
+    entry = {"host": "here", "qid": "3Gone", "removed": 0, "time": 99.0} | values
+    assert gone_unseen(entry, "here", {"3Waits"}, 100.0) is result
 
 
 def test_one_alarm_an_outage_and_one_an_hour() -> None:
@@ -270,6 +287,14 @@ def one(made: Index) -> dict[str, Any]:
     """The only entry."""
     made._settle()
     return questions.entries(made._database, "all")[0]
+
+
+def test_messages_of_which_the_log_says_nothing_are_counted(tmp_path: Path) -> None:
+    made = index(tmp_path)
+    assert questions.silent(made._database, "mail1", 0, 2) == 1
+    assert questions.silent(made._database, "mail1", 2, 4) == questions.silent(made._database, "mail2", 0, 2) == 0
+    made.apply({"op": "queued", "qid": META["qid"], "recipients": 2})
+    assert questions.silent(made._database, "mail1", 0, 2) == 0
 
 
 def news(made: Index) -> list[str]:

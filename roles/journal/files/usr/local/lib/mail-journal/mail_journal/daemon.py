@@ -36,6 +36,8 @@ BATCH = 2000
 BACKLOG = 8
 # Sessions are remembered this long, for a notice that comes before the line of the log.
 SESSION_SECONDS = 8 * 86400
+# So many messages without a word in the log after so many seconds are an alarm.
+SILENT, SILENCE = 3, 120
 RUN = Path("/run/mail-journal")
 
 
@@ -295,8 +297,8 @@ class Journal:
                 reader.seek_cursor(cursor)
                 reader.get_next()
         else:
-            reader.seek_tail()
-            reader.get_previous()
+            # Not the tail: where nothing matches yet, the reader would stand behind all that comes.
+            reader.seek_head()
         poll = select.poll()
         poll.register(reader, reader.get_events())
         while True:
@@ -355,6 +357,7 @@ class Journal:
             temporary.chmod(0o644)
             temporary.rename(RUN / "status.json")
             self._watch_room(status)
+            self._watch_log()
         if beat % 600 == 60:
             self.purge()
 
@@ -368,6 +371,18 @@ class Journal:
             if is_bad and name not in self.failures:
                 self.alarm(name, text)
             (self.failures.add if is_bad else self.failures.discard)(name)
+
+    def _watch_log(self) -> None:
+        """Postfix logs each message as soon as it is queued: without that word, the log is not followed."""
+        now = time.time()
+        silent = self.index.ask(lambda database: questions.silent(database, self.host, now - 86400, now - SILENCE))
+        if silent >= SILENT and "journal-log" not in self.failures:
+            self.alarm(
+                "journal-log",
+                f"{silent} accepted messages have no line in Postfix's log: what became of them is not known"
+                " (journalctl -u postfix.service; systemctl restart mail-journal.service)",
+            )
+        (self.failures.add if silent >= SILENT else self.failures.discard)("journal-log")
 
     def purge(self) -> None:
         """Delete what is older than it must be kept and, above the size limit, what is settled; oldest first."""

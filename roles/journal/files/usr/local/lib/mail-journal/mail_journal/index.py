@@ -326,6 +326,12 @@ def counts(database: sqlite3.Connection) -> dict[str, int]:
     }
 
 
+def silent(database: sqlite3.Connection, host: str, since: float, until: float) -> int:
+    """How many messages that `host` accepted between two times Postfix's log has said nothing of."""
+    query = "SELECT count(*) FROM entries WHERE NOT settled AND host = ? AND time BETWEEN ? AND ? AND NOT expected"
+    return int(database.execute(query + " AND NOT removed AND NOT done", (host, since, until)).fetchone()[0])
+
+
 def old_segments(database: sqlite3.Connection, before: float) -> list[int]:
     """Segments that are known and hold nothing younger than `before`."""
     rows = database.execute("SELECT segment FROM entries GROUP BY segment HAVING max(time) < ? ORDER BY 1", (before,))

@@ -163,16 +163,24 @@ def open_recipients(entry: dict[str, Any], lost: str, here: str, final: Iterable
     """The recipients of an entry that a replay on `here` must look at, after `lost` was lost.
 
     entry: with `host` and `recipients`, a dict of final recipient → {state, here}; final: who the envelope's
-    recipients are after aliases. What the own queue still holds is Postfix's to deliver; what was delivered into this
-    host's own store is there, or its reader deleted it.
+    recipients are after aliases, empty when each of them is known. What the own queue still holds is Postfix's to
+    deliver; what was delivered into this host's own store is there, or its reader deleted it.
     """
     if entry["done"]:
         return []
     known = entry["recipients"]
     waiting = [address for address, is_at in known.items() if is_at["state"] == "delivered" and not is_at["here"]]
-    if entry["host"] == lost:
-        return waiting + [address for address in final if address not in known]
-    return waiting if entry["host"] == here else []
+    if entry["host"] not in (lost, here):
+        return []
+    return waiting + [address for address in final if address not in known]
+
+
+def gone_unseen(entry: dict[str, Any], here: str, queued: set[str], before: float) -> bool:
+    """Whether this host's queue has let go of an entry without a word in the log.
+
+    queued: names of the queue's files at a time, and the log was read to its end afterwards; before: that time.
+    """
+    return entry["host"] == here and not entry["removed"] and entry["time"] < before and entry["qid"] not in queued
 
 
 # --- outages ---------------------------------------------------------------------------------

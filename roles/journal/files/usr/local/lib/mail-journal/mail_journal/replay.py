@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import smtplib
 import socket
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from systemd import journal
 
-from mail_journal.records import HEADER, expand, open_recipients, split_maps
+from mail_journal.records import HEADER, expand, gone_unseen, open_recipients, split_maps
 
 CONTROL = "/run/mail-journal/control.sock"
 LMTP = "/run/dovecot/lmtp"
@@ -135,14 +136,16 @@ class Work:
         return {name: len(getattr(self, name)) for name in ("deliver", "send", "present", "unknown")}
 
 
-def plan(entries: list[dict[str, Any]], lost: str, here: str, service: Service) -> Work:
-    """Sort the unsettled entries' recipients by what each needs."""
+def plan(
+    entries: list[dict[str, Any]], lost: str, here: str, service: Service, unseen: Callable[[dict[str, Any]], bool]
+) -> Work:
+    """Sort the unsettled entries' recipients by what each needs; unseen: see gone_unseen."""
     work = Work()
     open_ones: dict[str, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     oldest = min((entry["time"] for entry in entries), default=0.0)
     for entry in entries:
-        final = service.final(entry) if entry["host"] == lost else []
-        for address in open_recipients(entry, lost, here, final):
+        blind = entry["host"] == lost or unseen(entry)
+        for address in open_recipients(entry, lost, here, service.final(entry) if blind else []):
             if not service.is_ours(address):
                 work.send.append((entry, address))
             elif user := service.user(address):
@@ -234,10 +237,14 @@ def replay(settings: dict[str, Any], lost: str, *, rebuilt: bool, dry: bool) -> 
         raise Refused(f"{lost} is not the peer of this host ({settings['peer'] or 'there is none'})")
     if not rebuilt and is_alive(lost, settings["port"]):
         raise Refused(f"{lost} answers: it is not lost. Rebuilt from nothing? Then say so (rebuilt)")
+    asked = time.time()
+    queued = {json.loads(line)["queue_id"] for line in output(["postqueue", "-j"]).splitlines()}
     if not request(do="catch_up")["caught_up"]:
         raise Refused("the log has not been read to its end yet: try again in a moment")
     entries = request(do="entries", which="unsettled")
-    work = plan(entries, lost, settings["host"], Service(settings["foreign_mailboxes"]))
+    here = settings["host"]
+    unseen = functools.partial(gone_unseen, here=here, queued=queued, before=asked)
+    work = plan(entries, lost, here, Service(settings["foreign_mailboxes"]), unseen)
     result = {"brought_back": 0, "failed": 0} if dry else do(work, Path(settings["folder"]))
     what = [
         {"id": entry["id"], "recipient": address, "action": action}
