@@ -490,9 +490,8 @@ def destroy(lab: Lab) -> None:
             podman("rm", "-f", "-t", "0", *own.split(), failure="The hosts could not be removed")
         if machine.attempt(["podman", "network", "exists", lab.network]).returncode == 0:
             podman("network", "rm", lab.network, failure=f"{lab.network} could not be removed")
-        images = podman("images", "--filter", only, "--format", "{{.Id}}", failure="podman")
-        if images.split():
-            podman("rmi", *images.split(), failure="The base image could not be removed")
+        # One that a container of somebody else's was made from stays.
+        podman("image", "prune", "-a", "-f", "--filter", only, failure="The base image could not be removed")
     for disk in sorted((lab.build / "disks").glob("*.img")):
         if disk.with_suffix("").is_mount():
             machine.run(["umount", disk.with_suffix("")], "The store's disk could not be unmounted")
