@@ -42,6 +42,7 @@ AGAIN = 0.25  # seconds between two syncs of one user, so that a burst of change
 STALLED = 30  # seconds without progress after which doveadm gives a sync up
 LAG_WINDOW = 300.0  # seconds of which the status tells the lag
 COLLISION = 5.0  # seconds after a change that fell into a running sync until the user is synced message by message
+LIST_TRIES = 3
 RECHECK = 2.0  # seconds after which a difference that the sweep saw is looked at again
 KEPT_SESSIONS = 20000  # told to the journal later, when it does not listen now
 STATUS = "messages uidnext uidvalidity highestmodseq guid"
@@ -473,10 +474,25 @@ class MailSync:
     def statuses(self, side: Doveadm) -> dict[str, list[tuple[str, ...]]]:
         """Return the numbers of every folder of every user."""
         found: dict[str, list[tuple[str, ...]]] = {}
-        for user, *folder in side.rows(7, "", "mailbox status", "-A", STATUS, "*"):
+        for user, *folder in self.of_everybody(side, 7, "mailbox status", "-A", STATUS, "*"):
             if not folder[0].startswith(self.settings.units_prefix):
                 found.setdefault(user.lower(), []).append(tuple(folder))
         return {user: sorted(folders) for user, folders in found.items()}
+
+    def of_everybody(self, side: Doveadm, width: int, *command: str) -> list[tuple[str, ...]]:
+        """Return the rows of a command over all users; Failed when their list could not be read to its end.
+
+        On a busy host Dovecot now and then ends the process that lists the users while it does so.
+        """
+        for _try in range(LIST_TRIES):
+            try:
+                return side.rows(width, "", *command)
+            except Failed as error:
+                if error.code != "TEMPFAIL":
+                    raise
+                last = error
+                time.sleep(1)
+        raise last
 
     def numbers(self, side: Doveadm, user: str) -> list[tuple[str, ...]]:
         """Return the numbers of a user's own folders."""
