@@ -13,6 +13,7 @@ be tried.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -42,7 +43,6 @@ AGAIN = 0.25  # seconds between two syncs of one user, so that a burst of change
 STALLED = 30  # seconds without progress after which doveadm gives a sync up
 LAG_WINDOW = 300.0  # seconds of which the status tells the lag
 COLLISION = 5.0  # seconds after a change that fell into a running sync until the user is synced message by message
-LIST_TRIES = 3
 RECHECK = 2.0  # seconds after which a difference that the sweep saw is looked at again
 KEPT_SESSIONS = 20000  # told to the journal later, when it does not listen now
 STATUS = "messages uidnext uidvalidity highestmodseq guid"
@@ -472,27 +472,16 @@ class MailSync:
     # --- over everybody
 
     def statuses(self, side: Doveadm) -> dict[str, list[tuple[str, ...]]]:
-        """Return the numbers of every folder of every user."""
-        found: dict[str, list[tuple[str, ...]]] = {}
-        for user, *folder in self.of_everybody(side, 7, "mailbox status", "-A", STATUS, "*"):
-            if not folder[0].startswith(self.settings.units_prefix):
-                found.setdefault(user.lower(), []).append(tuple(folder))
-        return {user: sorted(folders) for user, folders in found.items()}
+        """Return the numbers of every folder of every user.
 
-    def of_everybody(self, side: Doveadm, width: int, *command: str) -> list[tuple[str, ...]]:
-        """Return the rows of a command over all users; Failed when their list could not be read to its end.
-
-        On a busy host Dovecot now and then ends the process that lists the users while it does so.
+        One after the other, not by `-A`: where the work on the first users takes longer than Dovecot's patience, it
+        gives up the list of the others (2,000 mailboxes were enough).
         """
-        for _try in range(LIST_TRIES):
-            try:
-                return side.rows(width, "", *command)
-            except Failed as error:
-                if error.code != "TEMPFAIL":
-                    raise
-                last = error
-                time.sleep(1)
-        raise last
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for user in side.users():
+            with contextlib.suppress(Failed):  # gone meanwhile, or looked at again as one that differs
+                found[user.lower()] = self.numbers(side, user)
+        return found
 
     def numbers(self, side: Doveadm, user: str) -> list[tuple[str, ...]]:
         """Return the numbers of a user's own folders."""
