@@ -6,8 +6,8 @@ On two full hosts. First the journal: the same path through Postfix, filters and
 alternating, three times each; 600 messages over ten connections, and the time of one message after the other over
 one. Then mailboxes of the measurement's own, each with five messages of 10 KiB: the sweep over all of them with
 nothing to do, the nightly `sync -f`, the processor time at rest, and 50 messages a second by LMTP for a minute. A
-message's lag is the time between the two files that hold it, each named by its host when it was written: what a host
-that burns takes with it, before the journal brings it back. Mailboxes and configuration are put back.
+message's lag is the time between the births of the two files that hold it: what a host that burns takes with it, before
+the journal brings it back. Mailboxes and configuration are put back.
 """
 
 from __future__ import annotations
@@ -83,15 +83,17 @@ threads = [threading.Thread(target=work) for _ in range(go["hands"])]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
 print(json.dumps({"seconds": time.monotonic() - started, "failed": failed[:3]}))
 """
-# On a host: when the file of each of a run's messages was written, as its name says.
+# On a host: when the file of each of a run's messages was made there: its birth; names and other times come along.
 WRITTEN = """
-import glob, json, re, sys
+import glob, json, re, subprocess, sys
 found = {}
-for path in glob.glob(f"/srv/vmail/{sys.argv[1]}-*/Maildir/*/*"):
-    name = re.match(r".*/(\\d+)\\.M(\\d+)P", path)
-    mark = re.search(rb"^X-Hopthu-Bench: (\\S+)", open(path, "rb").read(2048), re.M) if name else None
+paths = glob.glob(f"/srv/vmail/{sys.argv[1]}-*/Maildir/*/*,*")
+command = ["xargs", "-d", chr(10), "stat", "-c", "%.9W %n"]
+told = subprocess.run(command, input=chr(10).join(paths), stdout=subprocess.PIPE, text=True, check=True).stdout
+for birth, path in (line.split(" ", 1) for line in told.splitlines()):
+    mark = re.search(rb"^X-Hopthu-Bench: (\\S+)", open(path, "rb").read(2048), re.M)
     if mark and mark[1].decode().startswith(sys.argv[2] + "."):
-        found[mark[1].decode()] = int(name[1]) + int(name[2]) / 1e6
+        found[mark[1].decode()] = float(birth)
 print(json.dumps(found))
 """
 
