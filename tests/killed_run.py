@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it; Ansible's workers have sessions of their own."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
 
 
 def main() -> int:
@@ -35,7 +48,9 @@ def main() -> int:
         print(line, end="")
         if line.startswith(f"TASK [{options.task}]"):
             time.sleep(options.after)
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in family(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             print(f"killed in {options.task}")
             return 0
