@@ -13,7 +13,6 @@ be tried.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -479,8 +478,11 @@ class MailSync:
         """
         found: dict[str, list[tuple[str, ...]]] = {}
         for user in side.users():
-            with contextlib.suppress(Failed):  # gone meanwhile, or looked at again as one that differs
+            try:
                 found[user.lower()] = self.numbers(side, user)
+            except Failed as error:
+                if error.code != "NOUSER":
+                    self.queue.mark(Change(user))  # what fails on both sides would not differ; a sync tells why
         return found
 
     def numbers(self, side: Doveadm, user: str) -> list[tuple[str, ...]]:

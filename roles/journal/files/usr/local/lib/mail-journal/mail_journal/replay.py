@@ -238,7 +238,9 @@ def replay(settings: dict[str, Any], lost: str, *, rebuilt: bool, dry: bool) -> 
     if not rebuilt and is_alive(lost, settings["port"]):
         raise Refused(f"{lost} answers: it is not lost. Rebuilt from nothing? Then say so (rebuilt)")
     asked = time.time()
-    queued = {json.loads(line)["queue_id"] for line in output(["postqueue", "-j"]).splitlines()}
+    # Twice: what goes from one part of the queue to another during a look may be in neither.
+    looks = [output(["postqueue", "-j"]) for _look in range(2)]
+    queued = {json.loads(line)["queue_id"] for look in looks for line in look.splitlines()}
     if not request(do="catch_up")["caught_up"]:
         raise Refused("the log has not been read to its end yet: try again in a moment")
     entries = request(do="entries", which="unsettled")
