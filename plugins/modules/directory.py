@@ -40,8 +40,9 @@ options:
     type: path
   peers:
     description:
-      - URIs (C(ldaps://)) of the other providers. C(apply) ends when they have what was written, or after a minute; so
-        long the passwords of the run can still be made again. One that does not answer is named in C(behind).
+      - URIs (C(ldaps://)) of the other providers. C(plan) begins when what they have is here, or after a minute.
+        C(apply) ends when they have what was written, or after a minute; so long the passwords of the run can still be
+        made again. One that does not answer is named in C(behind).
     type: list
     elements: str
     default: []
@@ -161,7 +162,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -183,7 +184,7 @@ except ImportError:
 PAGE = 500  # entries
 TIMEOUT = 60  # seconds, for one LDAP operation
 WINDOW = 400  # operations under way at a time
-COPIED = 60  # seconds that peers are given to take over what was written
+COPIED = 60  # seconds that a change is given to come from one host to the other
 GONE = 10  # seconds after which a peer that does not answer is not waited for
 UNSYNCED = 250  # from so many operations on, slapd writes to disk only at the end
 DECISION = 1000  # changes in one entry of the decision log
@@ -367,6 +368,7 @@ def plan(module: AnsibleModule) -> dict[str, Any]:
     live: Iterable[Row] = []
     dead: Iterable[Row] = []
     result: dict[str, Any] = {}
+    await_arrivals(given)
     try:
         connection = connect(given["uri"], given["bind_dn"], given["password_file"])
         rest["serial"] = serial(connection, base)
@@ -475,13 +477,29 @@ def apply(module: AnsibleModule) -> dict[str, Any]:
 
 
 def await_copies(given: dict[str, Any]) -> list[str]:
-    """Wait until the peers have what this host has; return those that do not. None is waited for in vain for long."""
-    behind = list(given["peers"])
-    mine = newest(given, given["uri"]) if behind else {}
-    began = time.monotonic()
+    """Wait until the peers have what this host has; return those that do not."""
+    mine = newest(given, given["uri"]) if given["peers"] else {}
+    return await_peers(given, lambda theirs: covers(theirs, mine))
+
+
+def await_arrivals(given: dict[str, Any]) -> None:
+    """Wait until this host has what its peers have: a change that is still under way would be planned a second time.
+
+    A peer whose slapd was killed and starts again may have such changes too.
+    """
+    if given["peers"] and newest(given, given["uri"]):
+        await_peers(given, lambda theirs: bool(theirs) and covers(newest(given, given["uri"]), theirs))
+
+
+def await_peers(given: dict[str, Any], done: Callable[[dict[str, str]], bool]) -> list[str]:
+    """Wait until `done` is true for the newest changes of every peer; return those for which it is not.
+
+    None is waited for in vain for long.
+    """
+    behind, began = list(given["peers"]), time.monotonic()
     while True:
         found = {peer: newest(given, peer) for peer in behind}
-        behind = [peer for peer in behind if not covers(found[peer], mine)]
+        behind = [peer for peer in behind if not done(found[peer])]
         patience = COPIED if any(found[peer] for peer in behind) else GONE
         if not behind or time.monotonic() - began > patience:
             return behind

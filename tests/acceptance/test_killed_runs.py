@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from faults import Hosts
 from playbook import Files, plan
 from service import Service, accepts, wait
 
@@ -37,6 +38,7 @@ class Rounds:
 
     def __init__(self, service: Service, files: Files, prefix: str) -> None:
         self.service, self.files, self.prefix = service, files, prefix
+        self.hosts = Hosts(service)
         self.plain_units, self.plain_people = list(files.units), list(files.people)
         self.files.policy |= {"required_refs": {}, "removal_limit": 1, "eligibility": {}, "delegates": {}}
         self.changed: set[str] = set()
@@ -65,10 +67,9 @@ class Rounds:
                 self.files.people.append(person)
 
     def tree(self, tag: str) -> str:
-        """The round's part of the tree without what differs from run to run, and without its tag."""
-        dump = self.service.run(
-            self.service.in_group("directory")[0], f"slapcat -o ldif-wrap=no -b {self.service.base}"
-        )
+        """The round's part of the tree, the same on all hosts, without what differs from run to run and its tag."""
+        wait("the hosts have the same directory", lambda: not self.hosts.differences())
+        dump = self.service.run(self.hosts.active(), f"slapcat -o ldif-wrap=no -b {self.service.base}")
         entries = []
         for entry in dump.split("\n\n"):
             if f"uid={self.prefix}{tag}-" in entry:
@@ -87,8 +88,8 @@ class Rounds:
         raise AssertionError("the run ended before it applied anything")
 
     def kill(self, victim: str, process: subprocess.Popen[str]) -> None:
-        """Kill the run, its module on the host, or slapd; then wait until the run is over."""
-        host = self.service.in_group("directory")[0]
+        """Kill the run, or on the host that it writes to its module or slapd; then wait until the run is over."""
+        host = self.hosts.active()
         if victim == "the run":
             os.killpg(process.pid, signal.SIGKILL)
         elif victim == "the module":
@@ -96,7 +97,7 @@ class Rounds:
         else:
             self.service.run(host, "systemctl kill -s KILL slapd")
         process.communicate(timeout=120)
-        wait("slapd is back", lambda: accepts(self.service.address, 636))
+        wait("slapd is back", lambda: accepts(self.service.hosts[host]["addresses"]["v4"], 636))
 
     def half_made(self, tag: str) -> list[str]:
         """Mailboxes of the round that Postfix and Dovecot see without all that a mailbox needs."""
