@@ -35,7 +35,7 @@ test: $(BIN)/.made ## every check that CI runs, on hosts of its own
 soak: $(BIN)/.made ## the long campaigns: every province whole, 50 killed runs, every fault, every guarded setting broken
 	@$(BIN)/python tests/campaigns.py
 
-bench-%: $(BIN)/.made ## one benchmark: lab, delivery, directory, filters, replication
+bench-%: $(BIN)/.made ## one benchmark: lab, delivery, directory, filters, replication, backup
 	@$(BIN)/python bench/$*.py
 
 lint: $(BIN)/.made ## ruff, mypy, yamllint, ansible-lint, generated docs
