@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import sys
@@ -28,9 +29,17 @@ def local(server: Server, repository: Repository | None = None, lock_seconds: in
     chosen = repository or server.repository
     folder = os.environ.get("CREDENTIALS_DIRECTORY")
     if folder:
-        names = ("password_file", "location_file", "environment_file")
-        held = {name: os.path.join(folder, os.path.basename(getattr(chosen, name))) for name in names}
-        chosen = dataclasses.replace(chosen, **{name: path for name, path in held.items() if os.path.exists(path)})
+
+        def held(path: str) -> str:
+            credential = os.path.join(folder, os.path.basename(path))
+            return credential if path and os.path.exists(credential) else path
+
+        chosen = dataclasses.replace(
+            chosen,
+            password_file=held(chosen.password_file),
+            location_file=held(chosen.location_file),
+            environment_file=held(chosen.environment_file),
+        )
     cache = server.cache if os.access(server.cache, os.W_OK) and os.geteuid() else ""
     return Restic(chosen, cache=cache, upload_kib=server.upload_kib if repository else 0, lock_seconds=lock_seconds)
 
@@ -299,10 +308,10 @@ def main() -> int:
             alarm.lay(server.state, name, f"{text}.")
         return int(bool(wrong))
     if given.command == "copy":
-        done = [act(server, f"copy-{one.name}", lambda one=one: copy(server, one)) for one in server.further]
+        done = [act(server, f"copy-{one.name}", functools.partial(copy, server, one)) for one in server.further]
         return int(not all(done))
     what = {"init": init, "check": check, "prune": prune}[given.command]
-    return int(not act(server, given.command, lambda: what(server)))
+    return int(not act(server, given.command, functools.partial(what, server)))
 
 
 if __name__ == "__main__":
