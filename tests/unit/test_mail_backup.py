@@ -396,10 +396,10 @@ def test_nothing_is_removed_while_a_date_cannot_be_true(
     }
     said = tmp_path / "said.json"
     said.write_text(json.dumps([row]))
-    fake(monkeypatch, tmp_path, f'echo "$1" >> {tmp_path}/called; [ "$1" = snapshots ] && cat {said}; exit 0')
+    fake(monkeypatch, tmp_path, f'echo "$2" >> {tmp_path}/called; [ "$2" = snapshots ] && cat {said}; exit 0')
     (tmp_path / "snapshots").mkdir()
     (tmp_path / "snapshots" / "bad").touch()
-    kept = Server("tinh.test", Repository("here", str(tmp_path), "/k"), str(tmp_path), keep={"within": "1d"})
+    kept = Server("tinh.test", Repository("here", str(tmp_path), "/k"), str(tmp_path), keep={"within": "1d"}, cache="")
     with pytest.raises(BackupError, match="cannot be true"):
         server.prune(kept)
     assert (tmp_path / "called").read_text().split() == ["snapshots"]

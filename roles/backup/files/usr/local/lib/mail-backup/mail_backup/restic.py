@@ -187,14 +187,14 @@ class Restic:
 
     def command(self, *arguments: str) -> list[str]:
         """Return restic's command line."""
-        line = [RESTIC, *arguments]
+        line = [RESTIC]
         for option in self.repository.options:
             line += ["--option", option]
         for name, value in self._limits:
             if value:
                 line += [name, str(value)]
         line += ["--cache-dir", self._cache] if self._cache else ["--no-cache"]
-        return line
+        return [*line, *arguments]
 
     def reach(self) -> None:
         """Raise BackupError (gone) at once when nobody answers: restic itself would try for 15 minutes."""
@@ -218,10 +218,15 @@ class Restic:
 
         A server that says it is full is not asked for 15 minutes: restic is told to stop.
         """
-        if arguments[0] != "init":
+        if "init" not in arguments:
             self.reach()
+        files = (self.repository.password_file, self.repository.location_file, *arguments)
+        held = [int(path.rpartition("/")[2]) for path in files if path.startswith("/dev/fd/")]
+        for handle in held:
+            os.lseek(handle, 0, os.SEEK_SET)
         process = subprocess.Popen(
             self.command(*arguments),
+            pass_fds=held,
             cwd=cwd,
             env=self.environment(),
             stdin=stdin or subprocess.DEVNULL,
@@ -267,7 +272,7 @@ class Restic:
         self, *arguments: str, cwd: str | Path | None = None, ok: Sequence[int] = (0,)
     ) -> Iterator[dict[str, Any]]:
         """Run restic with --json and yield each object that it prints on a line of its own."""
-        with self.open(*arguments, "--json", cwd=cwd, ok=ok) as output:
+        with self.open("--json", *arguments, cwd=cwd, ok=ok) as output:
             for line in output:
                 if line.startswith(b"{"):
                     yield json.loads(line)

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import pwd
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -24,24 +25,39 @@ ARRIVAL = timedelta(days=3)  # how long after its date a snapshot may come in: t
 DAY = 86400
 
 
-def local(server: Server, repository: Repository | None = None, lock_seconds: int = 0) -> Restic:
-    """Return a repository, this host's own unless told otherwise; the key is the credential that systemd hands over."""
-    chosen = repository or server.repository
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    if folder:
+def become(server: Server) -> Server:
+    """Become the server's user, who owns the repository; what root alone may read goes along in memory.
 
-        def held(path: str) -> str:
-            credential = os.path.join(folder, os.path.basename(path))
-            return credential if path and os.path.exists(credential) else path
+    So the server, which the network reaches, has neither the key nor the ways to the further repositories.
+    """
+    account = pwd.getpwnam(server.user)
 
-        chosen = dataclasses.replace(
-            chosen,
-            password_file=held(chosen.password_file),
-            location_file=held(chosen.location_file),
-            environment_file=held(chosen.environment_file),
+    def held(repository: Repository) -> Repository:
+        paths = (repository.password_file, repository.location_file, repository.environment_file)
+        password, location, environment = (in_memory(path) if path else "" for path in paths)
+        return dataclasses.replace(
+            repository, password_file=password, location_file=location, environment_file=environment
         )
-    cache = server.cache if os.access(server.cache, os.W_OK) and os.geteuid() else ""
-    return Restic(chosen, cache=cache, upload_kib=server.upload_kib if repository else 0, lock_seconds=lock_seconds)
+
+    ours = dataclasses.replace(server, repository=held(server.repository), further=tuple(map(held, server.further)))
+    os.setgroups([account.pw_gid])
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
+    return ours
+
+
+def in_memory(path: str) -> str:
+    """Return the name of a copy of a file that only this process and those that it starts can read."""
+    handle = os.memfd_create("held")
+    os.write(handle, Path(path).read_bytes())
+    return f"/dev/fd/{handle}"
+
+
+def local(server: Server, repository: Repository | None = None) -> Restic:
+    """Return a repository, this host's own unless told otherwise."""
+    return Restic(
+        repository or server.repository, cache=server.cache, upload_kib=server.upload_kib if repository else 0
+    )
 
 
 def arrivals(folder: str | Path) -> dict[str, datetime]:
@@ -296,10 +312,10 @@ def main() -> int:
     if given.command == "alarms":
         alarm.raise_all(server.state)
         return 0
-    # What root writes into the repository the server could not read: its unit runs as the server's user.
-    if os.geteuid() == 0:
-        print(f"Refused: this is the unit's: systemctl start backup-{given.command}.service", file=sys.stderr)
+    if os.geteuid():
+        print("Refused: only root has the key.", file=sys.stderr)
         return 2
+    server = become(server)
     if given.command == "look":
         wrong = look(server)
         for name in {name for name, _text in wrong}:
