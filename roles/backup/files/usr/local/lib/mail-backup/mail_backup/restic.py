@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,20 @@ def dated_ahead(snapshots: Sequence[Snapshot], now: datetime) -> list[Snapshot]:
     return [snapshot for snapshot in snapshots if snapshot.time > now + FUTURE]
 
 
+def _answers(host: str, port: int) -> OSError | None:
+    """Return why nobody answers, None when somebody does. A server that is being restarted is waited for."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > deadline or not isinstance(error, ConnectionRefusedError):
+                return error
+            time.sleep(1)
+        else:
+            return None
+
+
 class Restic:
     """One repository. Every method raises BackupError when restic fails."""
 
@@ -201,11 +216,10 @@ class Restic:
         shown = self.repository.shown
         if shown.startswith("rest:"):
             url = urlsplit(shown.removeprefix("rest:"))
-            try:
-                socket.create_connection((url.hostname or "", url.port or 443), timeout=ANSWER_SECONDS).close()
-            except OSError as error:
+            error = _answers(url.hostname or "", url.port or 443)
+            if error is not None:
                 text = SENTENCES["gone"].format(shown=shown, detail=f"{url.netloc} does not answer ({error})")
-                raise BackupError("gone", f"{text}.") from None
+                raise BackupError("gone", f"{text}.")
         elif shown.startswith("/") and not Path(shown, "config").exists():
             text = SENTENCES["gone"].format(shown=shown, detail="there is no such folder, or it is no repository")
             raise BackupError("gone", f"{text}.")

@@ -247,6 +247,18 @@ def prune(server: Server) -> str:
     return f"{before - after} of {before} snapshots removed"
 
 
+def forget(server: Server, ids: list[str]) -> str:
+    """Remove the snapshots with these ids, or beginnings of ids, whose date cannot be true; return what was done."""
+    restic = local(server)
+    every = restic.snapshots()
+    told = " ".join(wrong_dates(every, arrivals(server.folder), datetime.now(UTC)))
+    chosen = [one.id for one in every if one.id.startswith(tuple(ids)) and f"Snapshot {one.id[:8]} " in told]
+    if len(chosen) != len(ids):
+        raise ValueError("Only snapshots whose date cannot be true are removed by hand; backup-look names them")
+    restic.run("forget", "--retry-lock", "1h", "--quiet", *chosen)
+    return f"{len(chosen)} snapshots removed"
+
+
 def copy(server: Server, repository: Repository) -> str:
     """Copy to a further repository what it has not; return what was done."""
     source, target = local(server), local(server, repository)
@@ -296,10 +308,13 @@ def main() -> int:
         ("check", "read a part of the repository"),
         ("prune", "remove what is old"),
         ("copy", "copy to the further repositories"),
+        ("forget", "remove snapshots whose date cannot be true, by their ids"),
         ("status", "what came of it, as JSON"),
         ("alarms", "raise the alarms that were laid down"),
     ):
-        commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text)
+        if name == "forget":
+            command.add_argument("ids", nargs="+", metavar="ID")
     if sys.argv[1:2] == ["serve"]:  # its unit's: what follows is the server's own
         os.umask(0o077)
         serve(load_server(), sys.argv[2:])
@@ -326,6 +341,8 @@ def main() -> int:
     if given.command == "copy":
         done = [act(server, f"copy-{one.name}", functools.partial(copy, server, one)) for one in server.further]
         return int(not all(done))
+    if given.command == "forget":
+        return int(not act(server, "forget", functools.partial(forget, server, given.ids)))
     what = {"init": init, "check": check, "prune": prune}[given.command]
     return int(not act(server, given.command, functools.partial(what, server)))
 
