@@ -336,10 +336,11 @@ def test_full_server_is_not_asked_for_a_quarter_of_an_hour(monkeypatch: pytest.M
     assert raised.value.kind == "full"
 
 
-def test_repository_that_nobody_answers_for_is_told_at_once(tmp_path: Path) -> None:
+def test_repository_that_nobody_answers_for_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackupError, match="is not there") as raised:
         Restic(Repository("here", str(tmp_path / "none"), "/k")).snapshots()
     assert raised.value.kind == "gone"
+    monkeypatch.setattr("mail_backup.restic.ANSWER_SECONDS", 0)
     with pytest.raises(BackupError, match="does not answer"):
         Restic(Repository("there", "rest:http://127.0.0.1:9/mail/", "/k")).reach()
 
