@@ -17,7 +17,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "roles/backup/files/usr/local/lib/mail-backup"))
 
-from mail_backup import catalogue, server, status, store
+from backup import backup_table, further_backup_files, htpasswd_hash
+from mail_backup import catalogue, commands, server, status, store
 from mail_backup.restic import (
     SENTENCES,
     BackupError,
@@ -29,7 +30,7 @@ from mail_backup.restic import (
     moment,
     newest,
 )
-from mail_backup.settings import Repository, Server, load, load_server
+from mail_backup.settings import Repository, Server, Settings, load, load_server
 
 ROLE = Path(__file__).parents[2] / "roles/backup"
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
@@ -489,3 +490,67 @@ def test_every_file_of_the_library_is_installed() -> None:
     kinds = ("__backup_client_units", "__backup_holder_units", "__backup_server_units")
     named = {name for kind in kinds for name in listed[kind]}
     assert named == {str(path.relative_to(units)).removesuffix(".j2") for path in units.rglob("*.j2")}
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """A host with a repository that answers."""
+    monkeypatch.setattr(commands, "check_clock", lambda settings: None)
+    return Settings(
+        "tinh.test", "mail1", Repository("here", str(tmp_path), "/k"), state=str(tmp_path), max_age_hours={"mail": 14}
+    )
+
+
+def test_run_that_fails_is_noted_and_an_alarm_and_the_next_kind_goes_on(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_arguments: object) -> dict[str, Any]:
+        raise BackupError("full", "It is full.")
+
+    monkeypatch.setattr(commands, "RUNS", {"mail": refuse, "host": lambda *_arguments: {"files": 3}})
+    restic = fake(monkeypatch, tmp_path, "exit 0")
+    assert commands.run(settings, ["mail", "host"], restic) == 1
+    noted = status.read(tmp_path)
+    assert (noted["mail"]["ok"], noted["mail"]["error"], noted["mail"]["running"]) == (0, "It is full.", 0)
+    assert noted["host"]["ok"] == 1 and noted["host"]["good"] and noted["host"]["files"] == 3
+    alarms = {path.name: path.read_text() for path in (tmp_path / "alarms").iterdir()}
+    assert alarms == {"backup-mail": "No backup of kind mail was made on mail1. It is full."}
+
+
+@pytest.mark.parametrize(("hours", "wanted"), [(1.0, []), (8.0, ["mail"]), (-50.0, ["mail"])])
+def test_takeover_backs_up_what_is_old(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, hours: float, wanted: list[str]
+) -> None:
+    """Whichever host made the last one; one from the future does not count."""
+    made = datetime.now(UTC) - timedelta(hours=hours)
+    restic = Restic(settings.repository)
+    monkeypatch.setattr(restic, "snapshots", lambda kind: [Snapshot("1", made, "tinh.test", (kind,), (), {})])
+    assert commands.due(settings, ["mail"], restic) == wanted
+
+
+# --- what the role's filters make -------------------------------------------------------------
+
+
+def test_hash_is_the_one_that_htpasswd_makes() -> None:
+    """Line of `htpasswd -nbs mail abcdefgh`."""
+    assert htpasswd_hash("abcdefgh") == "{SHA}QlrxKgdDUCsyLpOgFbz4aOMk1Wo="
+
+
+def test_further_repositories_have_files_of_their_own() -> None:
+    files = further_backup_files([{"name": "xa", "url": "s3:https://s3.test/b", "environment": {"B": "2", "A": "1"}}])
+    assert {file["path"].rpartition("/")[2]: file["content"] for file in files} == {
+        "xa.location": "s3:https://s3.test/b",
+        "xa.environment": "A=1\nB=2",
+    }
+    assert {file["mode"] for file in files} == {"0600"}
+
+
+def test_table_says_what_failed() -> None:
+    entries = {"mail": {"ok": 0, "good": 0, "error": "It is full."}, "host": {"running": 1, "done": 1, "of": 4}}
+    assert backup_table(entries, "mail1") == [
+        "mail1 host: never good, running: 25 %",
+        "mail1 mail: last good 1970-01-01 00:00 UTC, LAST RUN FAILED: It is full.",
+    ]
