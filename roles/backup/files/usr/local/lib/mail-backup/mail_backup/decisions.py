@@ -10,7 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import ldap
+try:
+    import ldap
+except ImportError:  # only where nothing of it is used, as in unit tests
+    ldap = None
 
 from mail_backup.pick import Refused
 

@@ -12,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ldap
+try:
+    import ldap
+except ImportError:  # only where nothing of it is used, as in unit tests
+    ldap = None
 
 from mail_backup.pick import Refused
 from mail_backup.tree import Step, as_ldif, parse

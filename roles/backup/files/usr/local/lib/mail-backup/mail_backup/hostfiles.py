@@ -16,6 +16,20 @@ from typing import Any
 from mail_backup.pick import Refused, shown
 from mail_backup.restic import Restic, Snapshot
 
+_USERS = ("passwd", "group", "shadow", "gshadow", "subuid", "subgid")
+LEFT = frozenset(
+    f"/etc/{name}"
+    for name in (*_USERS, *(f"{name}-" for name in _USERS), "machine-id", "hostname", "hosts", "resolv.conf", "fstab")
+)
+"""What a host that was made anew has of its own: other numbers of users, other disks. Only brought back by name."""
+LEFT_BELOW = ("/etc/ldap/slapd.d/", "/etc/network/", "/etc/systemd/network/")
+"""Folders of which that is true; slapd's configuration comes from the openldap role."""
+
+
+def is_left(path: str, only: str) -> bool:
+    """Tell whether a file stays as this host has it; `only` is the path that was asked for."""
+    return not only and (path in LEFT or path.startswith(LEFT_BELOW))
+
 
 def nodes(restic: Restic, snapshot: Snapshot, only: str = "") -> list[dict[str, Any]]:
     """Return what a snapshot has at the path `only` and below ("" for all), as restic's nodes; raises Refused."""

@@ -23,6 +23,7 @@ import json
 import os
 import subprocess
 import sys
+import syslog
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from mail_backup import directory, hostfiles, tree
-from mail_backup.decisions import decided, entries
+from mail_backup.decisions import PASSWORD, decided, entries
 from mail_backup.pick import Message, Refused, chosen, identity, matches, moment, shown
 from mail_backup.restic import BackupError, Restic, Snapshot
 from mail_backup.restore import (
@@ -95,12 +96,24 @@ class Restore:
     def _decided(self, **what: object) -> Iterator[dict[str, Any]]:
         given = self.given
         about = {"action": "restore", "what": given.what, **{name: value for name, value in what.items() if value}}
-        with decided(self.settings.base, given.by, given.grounds, about, given.commit) as result:
+        with decided(self.settings.base_dn, given.by, given.grounds, about, given.commit) as result:
             yield result
+
+    @contextmanager
+    def _noted(self, **what: object) -> Iterator[None]:
+        """Write the grounds down where there may be no directory (yet): in the log, which another host keeps too."""
+        if self.settings.base_dn and PASSWORD.exists():
+            with self._decided(**what):
+                yield
+            return
+        given = self.given
+        syslog.openlog("mail-restore", 0, syslog.LOG_AUTH)
+        syslog.syslog(syslog.LOG_NOTICE, json.dumps({"by": given.by, "grounds": given.grounds, **what}))
+        yield
 
     def _grounds(self) -> None:
         """Refuse before anything is read of the repository when there are no grounds."""
-        entries(self.settings.base, self.given.by, self.given.grounds, {"action": "restore"}, "")
+        entries(self.settings.base_dn, self.given.by, self.given.grounds, {"action": "restore"}, "")
 
     def _mail(self) -> Snapshot:
         return self.restic.snapshot("mail", self.settings.domain, self.at)
@@ -166,7 +179,7 @@ class Restore:
         if given.what == "folder" and not given.folder:
             raise Refused("No folder is named: add -e folder=NAME, subfolders as A/B")
         box = mailbox(given.mailbox, self.root)
-        if given.what == "unit" and box.id not in directory.mailboxes(self.settings.base, "unit"):
+        if given.what == "unit" and box.id not in directory.mailboxes(self.settings.base_dn, "unit"):
             raise Refused(f"{box.address} is no unit's mailbox: use what=mailbox")
         snapshot = self._mail()
         known = catalogue(self.restic, snapshot, box.id)[1]
@@ -183,7 +196,7 @@ class Restore:
     def everybody(self) -> dict[str, Any]:
         """Every mailbox that the newest snapshot has, in place; and the homes that no mailbox uses now."""
         self._grounds()
-        snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base)
+        snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base_dn)
         jobs, homeless = [], []
         for head, messages in catalogues(self.restic, snapshot):
             if head["id"] in addresses:
@@ -196,7 +209,7 @@ class Restore:
     def left(self) -> dict[str, Any]:
         """On the other host of a pair: the homes that no mailbox uses now, which doveadm brings nowhere."""
         self._grounds()
-        snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base)
+        snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base_dn)
         due = [head["id"] for head, _messages in catalogues(self.restic, snapshot) if head["id"] not in addresses]
         about = {"what": "left", "at": shown(snapshot.time), "snapshot": snapshot.id[:8], "homes": len(due)}
         if not self.given.dry_run:
@@ -232,9 +245,9 @@ class Restore:
 
     def directory(self) -> dict[str, Any]:
         """The directory: what differs, entry by entry; with --empty, the whole tree."""
-        given, base = self.given, self.settings.base
+        given, base = self.given, self.settings.base_dn
         self._grounds()
-        if not self.settings.slapd:
+        if not base:
             raise Refused("This host has no directory: restore on one that does")
         snapshot = self.restic.snapshot("directory", self.settings.domain, self.at)
         with self.restic.dump(snapshot.id, "/directory/data.ldif") as stream:
@@ -261,7 +274,7 @@ class Restore:
             about |= {"changes": [str(step) for step in steps[:LINES]], "number": len(steps), "newer_left": newer}
             if given.dry_run or not steps:
                 return about
-            with self._decided(**about | {"changes": [str(step) for step in steps]}) as result:
+            with self._decided(**about) as result:
                 done, refused = directory.carry_out(steps)
                 result |= {"done": done, "refused": refused}
         about |= {"done": done, "refused": refused, "seconds": round(time.monotonic() - began, 1)}
@@ -274,16 +287,17 @@ class Restore:
     def host(self) -> dict[str, Any]:
         """Files of this host, or of one that it takes the place of."""
         given = self.given
+        self._grounds()
         name = given.host or self.settings.host
         snapshot = self.restic.snapshot("host", name, self.at)
         found = hostfiles.nodes(self.restic, snapshot, given.path)
         space = Path("/var/lib/mail-backup")
         see_room(space, sum(one.get("size", 0) for one in found))
-        about = {"what": "host", "host": name, "at": shown(snapshot.time), "snapshot": snapshot.id[:8]}
+        about: dict[str, Any] = {"what": "host", "host": name, "at": shown(snapshot.time), "snapshot": snapshot.id[:8]}
         began = time.monotonic()
         with scratch(space, "host") as folder:
             self.restic.restore(snapshot.id, folder, include=[given.path] if given.path else ())
-            paths = hostfiles.differing(found, folder)
+            paths = [one for one in hostfiles.differing(found, folder) if not hostfiles.is_left(one, given.path)]
             about |= {
                 "files": sum(one["type"] == "file" for one in found),
                 "differing": paths[:LINES],
@@ -291,9 +305,8 @@ class Restore:
             }
             if given.dry_run or not paths:
                 return about
-            for one in found:
-                hostfiles.owner(one)
-            hostfiles.put(found, paths, folder, given.stop)
+            with self._noted(**about):
+                hostfiles.put(found, paths, folder, given.stop)
         return {**about, "restored": len(paths), "seconds": round(time.monotonic() - began, 1)}
 
 
