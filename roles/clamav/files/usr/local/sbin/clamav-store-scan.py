@@ -46,6 +46,7 @@ def files(store: Path, since: float) -> Iterator[Path]:
     """Regular files below a folder that changed after `since` (seconds since the epoch); OSError where one cannot look.
 
     Folders in reverse order, so that `new` comes before `cur`: a message that is read meanwhile is met once at least.
+    What begins with a dot beside the mailboxes is none: in .backup each message has a second name.
     """
 
     def stop(error: OSError) -> None:
@@ -53,6 +54,8 @@ def files(store: Path, since: float) -> Iterator[Path]:
             raise error
 
     for folder, folders, names in os.walk(store, onerror=stop):
+        if folder == str(store):
+            folders[:] = [name for name in folders if not name.startswith(".")]
         folders.sort(reverse=True)
         for name in names:
             path = Path(folder, name)

@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -37,7 +37,7 @@ SIGNS = (
         "damaged",
         re.compile(
             r"ciphertext verification failed|does not match|hash mismatch|invalid data returned|contains errors"
-            r"|not found in (?:the )?index|load\w*\(<?[\w/]+>?.*\).*does not exist|unexpected EOF|not referenced in any index",
+            r"|not found in (?:the )?index|load\w*\(<?[\w/]+>?.*\).*does not exist|unexpected EOF",
             re.I,
         ),
     ),
@@ -168,10 +168,14 @@ class Restic:
         found = {
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": "/nonexistent",
+            "RESTIC_PROGRESS_FPS": "0.2",
             "TMPDIR": os.environ.get("TMPDIR", "/tmp"),
-            "RESTIC_REPOSITORY_FILE": self.repository.location_file,
             "RESTIC_PASSWORD_FILE": self.repository.password_file,
         }
+        if self.repository.location_file:
+            found["RESTIC_REPOSITORY_FILE"] = self.repository.location_file
+        else:
+            found["RESTIC_REPOSITORY"] = self.repository.shown
         if self.repository.ca_file:
             found["RESTIC_CACERT"] = self.repository.ca_file
         if self.repository.environment_file:
@@ -214,7 +218,8 @@ class Restic:
 
         A server that says it is full is not asked for 15 minutes: restic is told to stop.
         """
-        self.reach()
+        if arguments[0] != "init":
+            self.reach()
         process = subprocess.Popen(
             self.command(*arguments),
             cwd=cwd,
@@ -325,10 +330,6 @@ class Restic:
 
     # --- writing
 
-    def init(self) -> None:
-        """Make the repository."""
-        self.run("init")
-
     def backup(
         self,
         tag: str,
@@ -338,20 +339,24 @@ class Restic:
         cwd: str | Path | None = None,
         unchanging: bool = False,
         dated: str = "",
+        progress: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
         """Make a snapshot of `paths`, which stand in it as given, relative to `cwd`; return restic's summary.
 
         `unchanging`: a file with the same name, size and time of change is the same (messages of a Maildir), whatever
-        its ctime, which a link more or less sets. `dated`: another time than now (YYYY-MM-DD HH:MM:SS).
+        its ctime, which a link more or less sets. `dated`: another time than now (YYYY-MM-DD HH:MM:SS). `progress` is
+        told restic's status (bytes_done, files_done, seconds_elapsed) every few seconds.
         """
         more = ["--ignore-ctime"] if unchanging else []
         more += ["--time", dated] if dated else []
         more += ["--retry-lock", f"{self._lock_seconds}s"] if self._lock_seconds else []
         summary: dict[str, Any] = {}
-        chosen = ["--tag", tag, "--host", host, "--group-by", "host,tags", "--no-scan", "--quiet"]
+        chosen = ["--tag", tag, "--host", host, "--group-by", "host,tags", "--no-scan"]
         for row in self.rows("backup", *chosen, *more, "--", *paths, cwd=cwd):
             if row.get("message_type") == "summary":
                 summary = row
+            elif row.get("message_type") == "status" and progress is not None:
+                progress(row)
         return summary
 
     def unlock(self, *, everything: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""What the role has written for the programs: where the repositories are, what belongs into them, how old is too old."""
+"""What the role has written for the programs: where the repositories are, what belongs into them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ class Repository:
 
     name: str  # for people: the host that keeps it
     shown: str  # restic's URL or a path, without a password
-    location_file: str  # the same for restic, with the password
     password_file: str  # the key
+    location_file: str = ""  # what is shown, with the password; none where it needs none
     environment_file: str = ""  # lines NAME=VALUE that restic needs besides, such as an S3 key
     ca_file: str = ""  # the authority of its certificate; the host's own when empty
+    pruned: bool = False  # a further one: whether the kit removes old snapshots there
     options: tuple[str, ...] = ()  # restic's --option values, such as sftp.command
 
     @classmethod
@@ -37,13 +38,12 @@ class Settings:
     host: str  # the inventory's name of this host: restic's --host of the tag host
     repository: Repository
     mail_root: str = ""  # empty where no mail is kept
-    slapd: bool = False  # whether the directory is on this host
+    base_dn: str = ""  # suffix of the directory; empty where slapd does not run
     target: str = "holder.target"  # active on the one host that backs up mail and directory
     files: tuple[str, ...] = ()  # what the tag host has; what does not exist is left out
     upload_kib: int = 0  # KiB/s; 0 is no limit
     download_kib: int = 0
     lock_seconds: int = 900  # how long a run waits for another one that holds the repository
-    stale_hours: float = 2  # after this long a lock is given up by whoever holds it
     max_age_hours: dict[str, float] = field(default_factory=dict)  # tag → age of its newest snapshot that is an alarm
     state: str = "/var/lib/mail-backup"
     cache: str = "/var/cache/mail-backup"
