@@ -135,8 +135,8 @@ def present(box: Mailbox, known: Sequence[Message], below: str = "") -> list[dic
 
 
 def see_room(root: Path, octets: int) -> None:
-    """Refuse what does not fit into the store's file system."""
-    state = os.statvfs(root)
+    """Refuse what does not fit where it would lie on its way, and then in the store: one file system."""
+    state = os.statvfs(root / SCRATCH if (root / SCRATCH).is_dir() else root)
     free = max(0, state.f_bavail * state.f_frsize - RESERVE * state.f_blocks * state.f_frsize)
     if octets > free:
         raise Refused(
