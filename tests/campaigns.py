@@ -1,6 +1,7 @@
 """The long campaigns: `make soak`. Each province is stood up whole and lives through its life cycle; on Đắk Lắk's hosts
 fifty runs are killed as well, hosts, cables and daemons fail under load, both mail hosts burn and come back from the
-backup alone, 20,000 mailboxes are replicated, scanners look for holes, and every guarded setting is broken. Ends with `N passed, N failed` over the campaigns.
+backup alone, 20,000 mailboxes are replicated, scanners look for holes, and every guarded setting is broken. Ends with
+`N passed, N failed` over the campaigns.
 """
 
 from __future__ import annotations
