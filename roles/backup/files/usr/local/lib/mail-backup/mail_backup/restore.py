@@ -16,7 +16,6 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,6 @@ FEW = 200
 """So many messages are fetched one by one; of more, the whole mailbox is, and what is not wanted is left out here."""
 LOOKS = 12
 """Attempts to read a mailbox that is being worked on."""
-WORKERS = 3
-"""Mailboxes that are brought in at the same time."""
 KEPT = ("dovecot-keywords", "dovecot-uidlist", "maildirfolder")
 """What else of a folder is needed: the names of its keywords, and GUIDs that are not the names of the files."""
 SYNC = Path("/usr/local/sbin/mail-sync")
@@ -57,6 +54,22 @@ class Mailbox:
     def id(self) -> str:
         """What the store and the snapshots call it."""
         return self.home.name
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one mailbox gets."""
+
+    box: Mailbox
+    wanted: Sequence[Message]
+    lacking: Sequence[Message]
+    whole: bool
+    """The snapshot's whole mailbox is wanted: what is no message comes too."""
+
+    @property
+    def octets(self) -> int:
+        """Size of what is lacking."""
+        return sum(one["octets"] for one in self.lacking)
 
 
 def doveadm(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -228,22 +241,45 @@ def mail_folders(home: Path) -> list[Path]:
 # --- into the mailbox --------------------------------------------------------------------------------------------
 
 
-def bring_in(box: Mailbox, home: Path, wanted: Sequence[Message], below: str, whole: bool) -> None:
-    """Import the Maildir of a home into a mailbox, below a folder or ("") in place.
+def bring_in(jobs: Sequence[Job], folder: Path, below: str) -> dict[str, str]:
+    """Import what lies in `folder` as homes into the mailboxes, below a folder of theirs or ("") in place.
 
-    `whole`: subscriptions too. Raises Failed when a message did not arrive.
+    Returns, by id, why a mailbox did not get all of it. One doveadm for all: a process for each takes longer than the
+    mail. Each finds its source through a link in its home, for `~` is all that Dovecot expands there.
     """
-    sent = _inodes(home)
-    # Without this setting Dovecot 2.4.1 leaves out, in silence, the source's folders whose names are not ASCII.
-    source = ["-p", "mailbox_list_utf8=yes", f"maildir:{home / 'Maildir'}"]
-    done = doveadm("import", "-u", box.address, *(["-s"] if whole and not below else []), *source, below, "ALL")
-    if done.returncode:
-        raise Failed(f"Dovecot does not take the messages into {box.address}: {_last(done.stderr)}")
-    lost = len(sent - _inodes(box.home))
-    if lost:  # copied and not linked, or moved on by its owner meanwhile
-        lost = len(lacking(wanted, present(box, wanted, below)))
-    if lost:
-        raise Failed(f"{lost} of {len(wanted)} messages did not arrive in {box.address}")
+    users = folder / "users"
+    users.write_text("".join(f"{one.box.address}\n" for one in jobs), encoding="utf-8")
+    links = [one.box.home / SCRATCH for one in jobs]
+    try:
+        for one, link in zip(jobs, links, strict=True):
+            _have_home(one.box.home)
+            link.unlink(missing_ok=True)
+            link.symlink_to(folder / one.box.id)
+        # Without this setting Dovecot 2.4.1 leaves out, in silence, the source's folders whose names are not ASCII.
+        source = ["-p", "mailbox_list_utf8=yes", f"maildir:~/{SCRATCH}/Maildir"]
+        subscriptions = ["-s"] if not below and all(one.whole for one in jobs) else []
+        done = doveadm("import", "-F", str(users), *subscriptions, *source, below, "ALL")
+    finally:
+        for link in links:
+            link.unlink(missing_ok=True)
+    said = {line.partition("(")[2].partition(")")[0]: line for line in done.stderr.splitlines() if "(" in line}
+    failures = {}
+    for one in jobs:
+        lost = len(_inodes(folder / one.box.id) - _inodes(one.box.home))
+        if lost:  # copied and not linked, or moved on by its owner meanwhile
+            lost = len(lacking(one.lacking, present(one.box, one.lacking, below)))
+        if lost:
+            why = said.get(one.box.address, _last(done.stderr)).strip()
+            failures[one.box.id] = f"{lost} of {len(one.lacking)} messages did not arrive in {one.box.address}: {why}"
+    return failures
+
+
+def _have_home(home: Path) -> None:
+    """Make the home of a mailbox that nobody has used yet, as Dovecot would."""
+    if not home.is_dir():
+        home.mkdir(mode=0o700)
+        owner = home.parent.stat()
+        os.chown(home, owner.st_uid, owner.st_gid)
 
 
 def _inodes(home: Path) -> set[int]:
@@ -255,13 +291,12 @@ def bring_rest(box: Mailbox, home: Path) -> int:
 
     What is there stays as it is. A filter that was active is made so again when none is.
     """
-    have = set(doveadm("mailbox", "list", "-u", box.address).stdout.splitlines()) | {"INBOX"}
-    missing = sorted({folder_name(str(path)) for path in mail_folders(home)} - have)
+    have = {path.name for path in mail_folders(box.home)}
+    missing = sorted(folder_name(str(path)) for path in mail_folders(home)[1:] if path.name not in have)
     if missing:
         _do(doveadm("mailbox", "create", "-u", box.address, *missing), f"the folders of {box.address}")
-    rows = [line.split("\t") for line in doveadm("-f", "tab", "sieve", "list", "-u", box.address).stdout.splitlines()]
-    scripts = {row[0]: len(row) > 1 and bool(row[1].strip()) for row in rows[1:]}
     saved = {path.stem: path for path in (home / "sieve").glob("*.sieve")}
+    scripts = _scripts(box) if saved else {}
     for name in sorted(saved.keys() - scripts.keys()):
         text = saved[name].read_text(encoding="utf-8", errors="replace")
         _do(doveadm("sieve", "put", "-u", box.address, name, stdin=text), f"the filter {name} of {box.address}")
@@ -277,28 +312,18 @@ def bring_rest(box: Mailbox, home: Path) -> int:
     return len(missing) + len(saved.keys() - scripts.keys())
 
 
+def _scripts(box: Mailbox) -> dict[str, bool]:
+    """Return the names of a mailbox's Sieve scripts, and which one is active."""
+    listed = doveadm("-f", "tab", "sieve", "list", "-u", box.address).stdout.splitlines()[1:]
+    return {row[0]: len(row) > 1 and bool(row[1].strip()) for row in (line.split("\t") for line in listed)}
+
+
 def _do(done: subprocess.CompletedProcess[str], what: str) -> None:
     if done.returncode:
         raise Failed(f"Dovecot does not take {what}: {_last(done.stderr)}")
 
 
 # --- a whole job -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one mailbox gets."""
-
-    box: Mailbox
-    wanted: Sequence[Message]
-    lacking: Sequence[Message]
-    whole: bool
-    """The snapshot's whole mailbox is wanted: what is no message comes too."""
-
-    @property
-    def octets(self) -> int:
-        """Size of what is lacking."""
-        return sum(one["octets"] for one in self.lacking)
 
 
 def job(box: Mailbox, known: Sequence[Message], wanted: Sequence[Message], below: str, whole: bool) -> Job:
@@ -324,7 +349,7 @@ class Outcome:
 
 
 def carry_out(restic: Restic, snapshot: Snapshot, jobs: Sequence[Job], below: str, root: Path) -> Outcome:
-    """Bring back what mailboxes lack; raises Failed, and what came back so far stays."""
+    """Bring back what mailboxes lack; raises Failed when one did not come back whole: the others did."""
     began = time.monotonic()
     outcome = Outcome(sum(len(one.wanted) for one in jobs), sum(len(one.wanted) - len(one.lacking) for one in jobs))
     due = [one for one in jobs if one.lacking or one.whole]
@@ -335,21 +360,27 @@ def carry_out(restic: Restic, snapshot: Snapshot, jobs: Sequence[Job], below: st
             for one in due:
                 fetch(restic, snapshot, one.box.id, one.lacking, one.whole, folder)
 
-        def put(one: Job) -> int:
-            home = folder / one.box.id
-            tidy(home, one.lacking, one.whole)
-            if one.lacking:
-                bring_in(one.box, home, one.lacking, below, one.whole)
-            return bring_rest(one.box, home) if one.whole and not below else 0
-
-        with ThreadPoolExecutor(WORKERS) as pool:
-            for one, others in zip(due, pool.map(put, due), strict=True):
-                outcome.others += others
+        failures = {}
+        for one in due:
+            try:
+                tidy(folder / one.box.id, one.lacking, one.whole)
+            except Failed as failure:  # the others come back all the same
+                failures[one.box.id] = str(failure)
+        full = [one for one in due if one.lacking and one.box.id not in failures]
+        if full:
+            failures |= bring_in(full, folder, below)
+        for one in due:
+            if one.box.id not in failures:
+                outcome.others += bring_rest(one.box, folder / one.box.id) if one.whole and not below else 0
                 outcome.restored += len(one.lacking)
                 outcome.octets += one.octets
     outcome.seconds = time.monotonic() - began
     outcome.remarks += hand_on([one.box for one in due])
     outcome.synced_seconds = time.monotonic() - began
+    if failures:
+        raise Failed(
+            f"{len(failures)} of {len(due)} mailboxes did not come back whole: {'; '.join([*failures.values()][:5])}"
+        )
     return outcome
 
 
