@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
+
+SHOWN = ("mailboxes", "messages", "entries", "files", "octets", "added", "snapshots", "room", "result")
 
 DOCUMENTATION = r"""
 name: htpasswd_hash
 short_description: Hash of a random password as an htpasswd file has it
 description:
-  - C({SHA}) and the SHA-1 of the password. The same password gives the same line at each run, and no clear password has
-    to be given to a command. Only for a password that is random and long, which no table of hashes has. The server checks
-    it with each of thousands of requests, for which bcrypt is too slow.
+  - C({SHA}) and the SHA-1 of the password. The same password gives the same line at each run, and no clear password
+    has to be given to a command. Only for a password that is random and long, which no table of hashes has. The server
+    checks it with each of thousands of requests, for which bcrypt is too slow.
 options:
   _input:
     description: The password.
@@ -45,10 +48,8 @@ def htpasswd_hash(password: str) -> str:
 def further_backup_files(further: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Files with what is secret of the further repositories, as the backup role writes them.
 
-    >>> further_backup_files([{"name": "far", "url": "s3:https://s3.example/b", "environment": {"AWS_ACCESS_KEY_ID": "k"}}])
-    ... # doctest: +NORMALIZE_WHITESPACE
-    [{'path': '/etc/mail-backup/further/far.location', 'content': 's3:https://s3.example/b', 'group': 'root', 'mode': '0600'},
-     {'path': '/etc/mail-backup/further/far.environment', 'content': 'AWS_ACCESS_KEY_ID=k', 'group': 'root', 'mode': '0600'}]
+    >>> [one["path"] for one in further_backup_files([{"name": "far", "url": "s3:https://s3.example/b"}])]
+    ['/etc/mail-backup/further/far.location', '/etc/mail-backup/further/far.environment']
     """
     files = []
     for one in further:
@@ -59,9 +60,36 @@ def further_backup_files(further: Iterable[Mapping[str, Any]]) -> list[dict[str,
     return files
 
 
+def backup_table(entries: Mapping[str, Mapping[str, Any]], host: str) -> list[str]:
+    """Lines for people of what `mail-backup status` or `backup-server status` answers on a host.
+
+    >>> backup_table({"mail": {"ok": 1, "good": 0, "seconds": 2.5, "messages": 3}}, "mail1")
+    ['mail1 mail: last good 1970-01-01 00:00 UTC, took 2.5 s, messages 3']
+    >>> backup_table({"mail": {"ok": 0, "error": "It is full."}, "host": {"running": 1, "done": 5, "of": 10}}, "mail1")
+    ['mail1 host: never good, running: 50 %', 'mail1 mail: never good, LAST RUN FAILED: It is full.']
+    """
+    lines = []
+    for kind, entry in sorted(entries.items()):
+        good = entry.get("good", entry["ended"] if kind == "look" and "ended" in entry else None)
+        parts = ["never good" if good is None else f"last good {datetime.fromtimestamp(good, UTC):%Y-%m-%d %H:%M} UTC"]
+        if entry.get("running"):
+            parts.append(f"running: {100 * entry.get('done', 0) // max(entry.get('of', 0), 1)} %")
+        elif not entry.get("ok", 1):
+            parts.append(f"LAST RUN FAILED: {entry.get('error', '')}")
+        if "seconds" in entry:
+            parts.append(f"took {entry['seconds']} s")
+        parts += [f"{name} {entry[name]}" for name in SHOWN if name in entry]
+        lines.append(f"{host} {kind}: {', '.join(parts)}")
+    return lines
+
+
 class FilterModule:
     """What Ansible loads."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {"htpasswd_hash": htpasswd_hash, "further_backup_files": further_backup_files}
+        return {
+            "backup_table": backup_table,
+            "further_backup_files": further_backup_files,
+            "htpasswd_hash": htpasswd_hash,
+        }

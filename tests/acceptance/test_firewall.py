@@ -17,18 +17,18 @@ import yaml
 from service import Service, accepts, wait
 
 # What each function opens: to everybody, to the networks of the users, to those of the management. What only the hosts
-# reach among themselves (24 LMTP, 2526 journal, 5403 quorum, 6514 log, 10025 relay, 11342, 13310 and 16379 filters,
-# 12344 mailboxes) is open to none of the three.
+# reach among themselves (24 LMTP, 2526 journal, 5403 quorum, 6514 log, 8000 backups, 10025 relay, 11342, 13310 and
+# 16379 filters, 12344 mailboxes) is open to none of the three.
 WORLD = {"mx": {25}}
 USERS = {"directory": {636}, "mailstore": {110, 143, 993, 995, 4190}}
 MANAGEMENT = {"": {22}, "mx": {11334}, "mailstore": {11334}}
 SUBMISSION = {465, 587}  # on a mail exchanger that has mailboxes
-AMONG_HOSTS = {24, 2526, 5403, 6514, 10025, 11342, 12344, 13310, 16379}
+AMONG_HOSTS = {24, 2526, 5403, 6514, 8000, 10025, 11342, 12344, 13310, 16379}
 ASKED = sorted(
     {port for opened in (WORLD, USERS, MANAGEMENT) for ports in opened.values() for port in ports}
     | SUBMISSION
     | AMONG_HOSTS
-    | {21, 23, 53, 80, 88, 111, 123, 179, 389, 443, 445, 514, 631, 873, 953, 2000, 2049, 3306, 3310, 5432, 6379, 8000}
+    | {21, 23, 53, 80, 88, 111, 123, 179, 389, 443, 445, 514, 631, 873, 953, 2000, 2049, 3306, 3310, 5432, 6379}
     | {8080, 8443, 8891, 8953, 9100, 9999, 10024, 11332, 11333, 11335, 12345, 23310, 24242, 26379, 33060, 50000}
 )
 # On the host outside: as many connections to a port as come about, held until the end of the input.

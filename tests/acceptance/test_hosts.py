@@ -17,6 +17,7 @@ LISTENS = {
     "mailstore": {"*:24", "*:110", "*:143", "*:993", "*:995", "*:4190", "*:465", "*:587"},
     "monitor": {"*:6514"},
     "quorum": {"*:5403"},
+    "backup": {"*:8000"},
 }
 # On every host that filters mail: Valkey, Rspamd with its web page, and stunnel's both ends.
 FILTERS = {"127.0.0.1:6379", "127.0.0.1:11332", "127.0.0.1:11335", "*:11334"}

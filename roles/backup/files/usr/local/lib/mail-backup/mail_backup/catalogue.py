@@ -69,8 +69,9 @@ def content(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         header, digest = body_hash(file)
         octets = os.fstat(file.fileno()).st_size
-    fields = BytesHeaderParser().parsebytes(header)
-    values = {name: decoded(fields.get(name)) for name in ("date", "from", "to", "subject", "message-id")}
+    # As they stand there: `get` puts question marks in the place of raw UTF-8. The first of each name counts.
+    raw = {name.lower(): value for name, value in reversed(list(BytesHeaderParser().parsebytes(header).raw_items()))}
+    values = {name: decoded(raw.get(name)) for name in ("date", "from", "to", "subject", "message-id")}
     return {
         "octets": octets,
         "date": values["date"],
@@ -84,7 +85,7 @@ def content(path: Path) -> dict[str, Any]:
 
 def keywords(folder: Path) -> dict[str, str]:
     """Return what the small letters among a folder's flags stand for (dovecot-keywords)."""
-    found = {}
+    found: dict[str, str] = {}
     try:
         lines = (folder / "dovecot-keywords").read_text(encoding="utf-8", errors="replace").splitlines()
     except (FileNotFoundError, NotADirectoryError):

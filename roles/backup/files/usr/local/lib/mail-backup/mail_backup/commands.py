@@ -193,6 +193,7 @@ def run(settings: Settings, kinds: list[str], restic: Restic) -> int:
 
         progress()
         try:
+            restic.reach()
             check_clock(settings)
             restic.unlock()
             entry: dict[str, Any] = RUNS[kind](settings, restic, progress)

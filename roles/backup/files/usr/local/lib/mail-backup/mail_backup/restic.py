@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,20 @@ def dated_ahead(snapshots: Sequence[Snapshot], now: datetime) -> list[Snapshot]:
     return [snapshot for snapshot in snapshots if snapshot.time > now + FUTURE]
 
 
+def _answers(host: str, port: int) -> OSError | None:
+    """Return why nobody answers, None when somebody does. A server that is being restarted is waited for."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=ANSWER_SECONDS).close()
+        except OSError as error:
+            if time.monotonic() > deadline or not isinstance(error, ConnectionRefusedError):
+                return error
+            time.sleep(1)
+        else:
+            return None
+
+
 class Restic:
     """One repository. Every method raises BackupError when restic fails."""
 
@@ -187,25 +202,24 @@ class Restic:
 
     def command(self, *arguments: str) -> list[str]:
         """Return restic's command line."""
-        line = [RESTIC, *arguments]
+        line = [RESTIC]
         for option in self.repository.options:
             line += ["--option", option]
         for name, value in self._limits:
             if value:
                 line += [name, str(value)]
         line += ["--cache-dir", self._cache] if self._cache else ["--no-cache"]
-        return line
+        return [*line, *arguments]
 
     def reach(self) -> None:
         """Raise BackupError (gone) at once when nobody answers: restic itself would try for 15 minutes."""
         shown = self.repository.shown
         if shown.startswith("rest:"):
             url = urlsplit(shown.removeprefix("rest:"))
-            try:
-                socket.create_connection((url.hostname or "", url.port or 443), timeout=ANSWER_SECONDS).close()
-            except OSError as error:
+            error = _answers(url.hostname or "", url.port or 443)
+            if error is not None:
                 text = SENTENCES["gone"].format(shown=shown, detail=f"{url.netloc} does not answer ({error})")
-                raise BackupError("gone", f"{text}.") from None
+                raise BackupError("gone", f"{text}.")
         elif shown.startswith("/") and not Path(shown, "config").exists():
             text = SENTENCES["gone"].format(shown=shown, detail="there is no such folder, or it is no repository")
             raise BackupError("gone", f"{text}.")
@@ -218,10 +232,15 @@ class Restic:
 
         A server that says it is full is not asked for 15 minutes: restic is told to stop.
         """
-        if arguments[0] != "init":
+        if "init" not in arguments:
             self.reach()
+        files = (self.repository.password_file, self.repository.location_file, *arguments)
+        held = [int(path.rpartition("/")[2]) for path in files if path.startswith("/dev/fd/")]
+        for handle in held:
+            os.lseek(handle, 0, os.SEEK_SET)
         process = subprocess.Popen(
             self.command(*arguments),
+            pass_fds=held,
             cwd=cwd,
             env=self.environment(),
             stdin=stdin or subprocess.DEVNULL,
@@ -267,7 +286,7 @@ class Restic:
         self, *arguments: str, cwd: str | Path | None = None, ok: Sequence[int] = (0,)
     ) -> Iterator[dict[str, Any]]:
         """Run restic with --json and yield each object that it prints on a line of its own."""
-        with self.open(*arguments, "--json", cwd=cwd, ok=ok) as output:
+        with self.open("--json", *arguments, cwd=cwd, ok=ok) as output:
             for line in output:
                 if line.startswith(b"{"):
                     yield json.loads(line)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fcntl
+import functools
 import json
 import os
+import pwd
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -23,16 +25,39 @@ ARRIVAL = timedelta(days=3)  # how long after its date a snapshot may come in: t
 DAY = 86400
 
 
-def local(server: Server, repository: Repository | None = None, lock_seconds: int = 0) -> Restic:
-    """Return a repository, this host's own unless told otherwise; the key is the credential that systemd hands over."""
-    chosen = repository or server.repository
-    folder = os.environ.get("CREDENTIALS_DIRECTORY")
-    if folder:
-        names = ("password_file", "location_file", "environment_file")
-        held = {name: os.path.join(folder, os.path.basename(getattr(chosen, name))) for name in names}
-        chosen = dataclasses.replace(chosen, **{name: path for name, path in held.items() if os.path.exists(path)})
-    cache = server.cache if os.access(server.cache, os.W_OK) and os.geteuid() else ""
-    return Restic(chosen, cache=cache, upload_kib=server.upload_kib if repository else 0, lock_seconds=lock_seconds)
+def become(server: Server) -> Server:
+    """Become the server's user, who owns the repository; what root alone may read goes along in memory.
+
+    So the server, which the network reaches, has neither the key nor the ways to the further repositories.
+    """
+    account = pwd.getpwnam(server.user)
+
+    def held(repository: Repository) -> Repository:
+        paths = (repository.password_file, repository.location_file, repository.environment_file)
+        password, location, environment = (in_memory(path) if path else "" for path in paths)
+        return dataclasses.replace(
+            repository, password_file=password, location_file=location, environment_file=environment
+        )
+
+    ours = dataclasses.replace(server, repository=held(server.repository), further=tuple(map(held, server.further)))
+    os.setgroups([account.pw_gid])
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
+    return ours
+
+
+def in_memory(path: str) -> str:
+    """Return the name of a copy of a file that only this process and those that it starts can read."""
+    handle = os.memfd_create("held")
+    os.write(handle, Path(path).read_bytes())
+    return f"/dev/fd/{handle}"
+
+
+def local(server: Server, repository: Repository | None = None) -> Restic:
+    """Return a repository, this host's own unless told otherwise."""
+    return Restic(
+        repository or server.repository, cache=server.cache, upload_kib=server.upload_kib if repository else 0
+    )
 
 
 def arrivals(folder: str | Path) -> dict[str, datetime]:
@@ -222,6 +247,18 @@ def prune(server: Server) -> str:
     return f"{before - after} of {before} snapshots removed"
 
 
+def forget(server: Server, ids: list[str]) -> str:
+    """Remove the snapshots with these ids, or beginnings of ids, whose date cannot be true; return what was done."""
+    restic = local(server)
+    every = restic.snapshots()
+    told = " ".join(wrong_dates(every, arrivals(server.folder), datetime.now(UTC)))
+    chosen = [one.id for one in every if one.id.startswith(tuple(ids)) and f"Snapshot {one.id[:8]} " in told]
+    if len(chosen) != len(ids):
+        raise ValueError("Only snapshots whose date cannot be true are removed by hand; backup-look names them")
+    restic.run("forget", "--retry-lock", "1h", "--quiet", *chosen)
+    return f"{len(chosen)} snapshots removed"
+
+
 def copy(server: Server, repository: Repository) -> str:
     """Copy to a further repository what it has not; return what was done."""
     source, target = local(server), local(server, repository)
@@ -271,10 +308,13 @@ def main() -> int:
         ("check", "read a part of the repository"),
         ("prune", "remove what is old"),
         ("copy", "copy to the further repositories"),
+        ("forget", "remove snapshots whose date cannot be true, by their ids"),
         ("status", "what came of it, as JSON"),
         ("alarms", "raise the alarms that were laid down"),
     ):
-        commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text)
+        if name == "forget":
+            command.add_argument("ids", nargs="+", metavar="ID")
     if sys.argv[1:2] == ["serve"]:  # its unit's: what follows is the server's own
         os.umask(0o077)
         serve(load_server(), sys.argv[2:])
@@ -287,10 +327,10 @@ def main() -> int:
     if given.command == "alarms":
         alarm.raise_all(server.state)
         return 0
-    # What root writes into the repository the server could not read: its unit runs as the server's user.
-    if os.geteuid() == 0:
-        print(f"Refused: this is the unit's: systemctl start backup-{given.command}.service", file=sys.stderr)
+    if os.geteuid():
+        print("Refused: only root has the key.", file=sys.stderr)
         return 2
+    server = become(server)
     if given.command == "look":
         wrong = look(server)
         for name in {name for name, _text in wrong}:
@@ -299,10 +339,12 @@ def main() -> int:
             alarm.lay(server.state, name, f"{text}.")
         return int(bool(wrong))
     if given.command == "copy":
-        done = [act(server, f"copy-{one.name}", lambda one=one: copy(server, one)) for one in server.further]
+        done = [act(server, f"copy-{one.name}", functools.partial(copy, server, one)) for one in server.further]
         return int(not all(done))
+    if given.command == "forget":
+        return int(not act(server, "forget", functools.partial(forget, server, given.ids)))
     what = {"init": init, "check": check, "prune": prune}[given.command]
-    return int(not act(server, given.command, lambda: what(server)))
+    return int(not act(server, given.command, functools.partial(what, server)))
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Server:
     stale_hours: float = 2
     further: tuple[Repository, ...] = ()  # copies are made there
     upload_kib: int = 0
+    user: str = "restic-rest-server"
     state: str = "/var/lib/backup-server"
     cache: str = "/var/cache/backup-server"
 

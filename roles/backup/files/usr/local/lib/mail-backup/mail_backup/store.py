@@ -111,13 +111,14 @@ def take(home: Path, target: Path) -> Listing:
     if not stat.S_ISDIR(os.lstat(home).st_mode):
         raise NotADirectoryError(f"{home} is no folder")
     kept = look(target, messages_only=True) if target.is_dir() else Listing()
-    last, ever = None, set()
+    last: set[Key] | None = None
+    ever: set[Key] = set()
     for _number in range(LOOKS):
         seen = look(home)
         lost = _link(home, target, seen, kept)
         ever |= seen.messages.keys()
         if last is not None and not lost and last <= seen.messages.keys():
-            wanted = seen.messages.keys()
+            wanted = set(seen.messages)
             break
         last = set(seen.messages)
     else:
@@ -127,7 +128,7 @@ def take(home: Path, target: Path) -> Listing:
     if set(uidlist_names(home, seen.folders)) - wanted:
         again = look(home)
         _link(home, target, again, kept)
-        wanted = wanted | again.messages.keys()
+        wanted |= again.messages.keys()
         seen.folders |= again.folders
     seen.messages = {key: kept.messages[key] for key in wanted if key in kept.messages}
     _copy_others(home, target, seen)
@@ -180,7 +181,7 @@ def _make_folder(source: Path, target: Path) -> None:
 
 def _copy_others(home: Path, target: Path, seen: Listing) -> None:
     """Copy what is no message. Dovecot writes on in such files: a link would change under restic's eyes."""
-    for path in list(seen.others):
+    for path in sorted(seen.others):
         source, copy = home / path, target / path
         try:
             status = source.lstat()
@@ -219,7 +220,7 @@ def _copy(source: Path, copy: Path, status: os.stat_result) -> None:
 
 def _clean(target: Path, seen: Listing) -> None:
     """Remove from a tree what its list does not have."""
-    wanted = {path for path, _inode in seen.messages.values()} | seen.others.keys()
+    wanted = {path for path, _inode in seen.messages.values()} | seen.others
     folders = {os.path.dirname(path) for path in wanted} | seen.folders
     waiting = [""]
     while waiting:
