@@ -271,6 +271,9 @@ def test_catalogue_of_an_unchanged_mailbox_is_left_alone(
     catalogue.write(path, "dl-01", "a@x.test", tree, store.take(home, tree))
     before = path.stat().st_ino
     monkeypatch.setattr(catalogue, "content", lambda path: pytest.fail(f"{path} was read again"))
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogue, "lines", lambda *_arguments: pytest.fail("it was not left alone"))
+        catalogue.write(path, "dl-01", "a@x.test", tree, store.take(home, tree))
     catalogue.write(path, "dl-01", "a@x.test", tree, store.take(home, tree))
     assert path.stat().st_ino == before
     catalogue.write(path, "dl-01", "new@x.test", tree, store.take(home, tree))

@@ -134,22 +134,39 @@ def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return head, rest
 
 
+def fingerprint(tree: Path, seen: Listing) -> str:
+    """Return what stays the same as long as a mailbox's lines do: names, files, Dovecot's numbers and keywords."""
+    digest = hashlib.sha256()
+    for path, inode in sorted(seen.messages.values()):
+        digest.update(f"{path}\0{inode}\0".encode("utf-8", "surrogateescape"))
+    for path in sorted(seen.others):
+        if path.endswith(("/dovecot-uidlist", "/dovecot-keywords")):
+            status = os.stat(tree / path)
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 def write(path: Path, identifier: str, address: str, tree: Path, seen: Listing) -> tuple[int, int]:
     """Bring a catalogue up to date; return how many messages and octets it has.
 
     One whose mailbox is unchanged is left alone, its time too: restic would store it anew.
     """
+    wanted = {"id": identifier, "address": address, "state": fingerprint(tree, seen)}
     try:
-        head, old = read(path)
-    except (OSError, ValueError):
-        head, old = {}, []
+        with path.open(encoding="utf-8") as file:
+            head = json.loads(file.readline())
+            if head.items() >= wanted.items():
+                return head["messages"], head["octets"]
+            old = [json.loads(line) for line in file]
+    except (OSError, ValueError, KeyError, AttributeError):
+        old = []
     now = list(lines(tree, seen, {line["guid"]: line for line in old}))
-    if now != old or (head.get("id"), head.get("address")) != (identifier, address) or not path.exists():
-        taken = datetime.now(UTC).isoformat(timespec="seconds")
-        partial = path.with_name(f".{path.name}.tmp")
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for line in [{"id": identifier, "address": address, "taken": taken}, *now]:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        partial.chmod(0o600)
-        os.replace(partial, path)
-    return len(now), sum(line["octets"] for line in now)
+    octets = sum(line["octets"] for line in now)
+    head = wanted | {"taken": datetime.now(UTC).isoformat(timespec="seconds"), "messages": len(now), "octets": octets}
+    partial = path.with_name(f".{path.name}.tmp")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for line in [head, *now]:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    partial.chmod(0o600)
+    os.replace(partial, path)
+    return len(now), octets

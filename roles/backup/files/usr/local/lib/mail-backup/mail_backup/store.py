@@ -67,7 +67,7 @@ def look(home: Path, messages_only: bool = False) -> Listing:
             for entry in _entries(home / inner) or ():
                 if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
                     key = folder, base_name(entry.name)
-                    found.messages[key] = os.path.join(inner, entry.name), entry.inode()
+                    found.messages[key] = f"{inner}/{entry.name}", entry.inode()
     return found
 
 
