@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,9 @@ class Recovery:
         if subprocess.run(create, cwd=CHECKOUT).returncode:
             raise FaultError("the hosts could not be made anew")
 
-    def restore(self, what: str, *arguments: str) -> None:
+    def restore(self, what: str, at: str, *arguments: str) -> None:
         """Run playbooks/restore.yml."""
-        self.playbook("restore.yml", "-e", json.dumps({"what": what, "grounds": GROUNDS}), *arguments)
+        self.playbook("restore.yml", "-e", json.dumps({"what": what, "at": at, "grounds": GROUNDS}), *arguments)
 
     def usable(self) -> None:
         """A message goes from one unit to another, and the directory answers."""
@@ -118,17 +119,18 @@ class Recovery:
         before, tree = self.contents(), self.tree()
         with self.step("backup"):
             self.hosts.run(self.hosts.active(), "mail-backup run")
+            at = datetime.now(UTC).isoformat(timespec="seconds")
         with self.step("burn both hosts and make them anew"):
             self.burn()
         began = time.monotonic()
         with self.step(f"site.yml --tags {FIRST}"):
             self.playbook("site.yml", "--tags", FIRST)
         with self.step("restore the directory"):
-            self.restore("directory", "-e", "empty=true")
+            self.restore("directory", at, "-e", "empty=true")
         with self.step("site.yml"):
             self.playbook("site.yml")
         with self.step("restore the mailboxes"):
-            self.restore("all")
+            self.restore("all", at)
         with self.step("see that the service is usable"):
             wait("the service", self._answers, 120)
             self.usable()

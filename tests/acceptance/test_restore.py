@@ -368,6 +368,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_touched(saved: Saved)
         ("folder", {"mailbox": box.address, "folder": "Không có"}, r"has no such folder"),
         ("mailbox", {"mailbox": box.address, "at": "hôm qua"}, r"is no time"),
         ("find", {"mailbox": box.address}, r"Nothing is looked for"),
+        ("all", {}, r"No time is given"),
     ]
     for what, options, sentence in cases:
         code, _told, said = saved.call(what, **options)

@@ -5,8 +5,8 @@
     mail-restore folder    --mailbox ADDRESS --folder FOLDER [--at TIME] [--into folder|place]
     mail-restore mailbox   --mailbox ADDRESS [--at TIME] [--into folder|place]
     mail-restore unit      --mailbox ADDRESS [--at TIME] [--into folder|place]
-    mail-restore all       [--at TIME]
-    mail-restore left      [--at TIME]
+    mail-restore all       --at TIME
+    mail-restore left      --at TIME
     mail-restore directory [--at TIME] [--entry DN] [--passwords] [--remove-newer] [--empty]
     mail-restore host      [--host NAME] [--at TIME] [--path PATH] [--stop UNIT ...]
 
@@ -194,8 +194,9 @@ class Restore:
         return self._carry_out(snapshot, [plan], below, box.address)
 
     def everybody(self) -> dict[str, Any]:
-        """Every mailbox that the newest snapshot has, in place; and the homes that no mailbox uses now."""
+        """Every mailbox that a snapshot has, in place; and the homes that no mailbox uses now."""
         self._grounds()
+        self._see_time()
         snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base_dn)
         jobs, homeless = [], []
         for head, messages in catalogues(self.restic, snapshot):
@@ -209,6 +210,7 @@ class Restore:
     def left(self) -> dict[str, Any]:
         """On the other host of a pair: the homes that no mailbox uses now, which doveadm brings nowhere."""
         self._grounds()
+        self._see_time()
         snapshot, addresses = self._mail(), directory.mailboxes(self.settings.base_dn)
         due = [head["id"] for head, _messages in catalogues(self.restic, snapshot) if head["id"] not in addresses]
         about = {"what": "left", "at": shown(snapshot.time), "snapshot": snapshot.id[:8], "homes": len(due)}
@@ -216,6 +218,11 @@ class Restore:
             with self._decided(**about):
                 about["restored"] = bring_homes(self.restic, snapshot, due, self.root)
         return about
+
+    def _see_time(self) -> None:
+        """Refuse the newest snapshot where all is lost: since then, one of the empty hosts may have been made."""
+        if self.at is None:
+            raise Refused("No time is given: name one before the loss, -e at='2026-11-20 12:00'")
 
     def _carry_out(
         self, snapshot: Snapshot, jobs: list[Job], below: str, address: str, homeless: list[str] | None = None
