@@ -23,8 +23,9 @@ from typing import Any
 
 from mail_backup import alarm, directory, hostfiles, status, tree
 from mail_backup.catalogue import lines, read
+from mail_backup.commands import client
 from mail_backup.pick import Message, Refused, identity, shown
-from mail_backup.restic import BackupError, Restic, Snapshot
+from mail_backup.restic import BackupError, Snapshot
 from mail_backup.restore import LOOKS, Failed, literal, scratch, see_room
 from mail_backup.restoring import LOCK
 from mail_backup.settings import Settings, load
@@ -82,7 +83,7 @@ class Rehearsal:
     def __init__(self, settings: Settings, mailboxes: int, named: Sequence[str] = ()) -> None:
         """`named`: ids of mailboxes that are in the sample in any case."""
         self.settings, self.mailboxes, self.named = settings, mailboxes, list(named)
-        self.restic = Restic(settings.repository, cache=settings.cache, download_kib=settings.download_kib)
+        self.restic = client(settings)
         self.faults: list[str] = []
         self.numbers: dict[str, Any] = {}
 

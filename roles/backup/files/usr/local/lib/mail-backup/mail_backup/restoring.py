@@ -21,7 +21,6 @@ import fcntl
 import getpass
 import json
 import os
-import subprocess
 import sys
 import syslog
 import time
@@ -32,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 from mail_backup import directory, hostfiles, tree
+from mail_backup.commands import client, inventory_commit, is_holder
 from mail_backup.decisions import PASSWORD, decided, entries
 from mail_backup.pick import Message, Refused, chosen, identity, matches, moment, shown
-from mail_backup.restic import BackupError, Restic, Snapshot
+from mail_backup.restic import BackupError, Snapshot
 from mail_backup.restore import (
     Failed,
     Job,
@@ -64,7 +64,7 @@ class Restore:
 
     def __init__(self, settings: Settings, given: argparse.Namespace) -> None:
         self.settings, self.given = settings, given
-        self.restic = Restic(settings.repository, cache=settings.cache, download_kib=settings.download_kib)
+        self.restic = client(settings)
         self.at: datetime | None = moment(given.at) if given.at else None
         self.root = Path(settings.mail_root)
 
@@ -85,8 +85,7 @@ class Restore:
         return kinds.get(what, self.mail)()
 
     def _see_holder(self) -> None:
-        asked = subprocess.run(["systemctl", "is-active", "--quiet", self.settings.target])
-        if asked.returncode:
+        if not is_holder(self.settings):
             raise Refused(
                 f"This host does not hold the service ({self.settings.target} is not active): restore on the one that"
                 " does"
@@ -96,7 +95,7 @@ class Restore:
     def _decided(self, **what: object) -> Iterator[dict[str, Any]]:
         given = self.given
         about = {"action": "restore", "what": given.what, **{name: value for name, value in what.items() if value}}
-        with decided(self.settings.base_dn, given.by, given.grounds, about, given.commit) as result:
+        with decided(self.settings.base_dn, given.by, given.grounds, about, inventory_commit()) as result:
             yield result
 
     @contextmanager
@@ -263,7 +262,7 @@ class Restore:
         began = time.monotonic()
         if given.empty:
             what = {"action": "restore", **about}
-            written = entries(base, given.by, given.grounds, what, given.commit)
+            written = entries(base, given.by, given.grounds, what, inventory_commit())
             written[1][1]["decisionTime"] = written[0][1]["decisionTime"]
             with directory.alone():
                 directory.see_empty(base, FEW)
@@ -330,13 +329,17 @@ def main() -> int:
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--grounds", default="", help="number and date of the request or order")
     parser.add_argument("--by", default=getpass.getuser(), help="who does it")
-    parser.add_argument("--commit", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     os.umask(0o077)
     try:
+        settings = load()
+    except OSError as error:
+        print(f"Refused: {error.filename} cannot be read ({error.strerror}): run playbooks/site.yml.", file=sys.stderr)
+        return 2
+    try:
         with LOCK.open("a", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            print(json.dumps(Restore(load(), given).run(), ensure_ascii=False))
+            print(json.dumps(Restore(settings, given).run(), ensure_ascii=False))
     except BlockingIOError:
         print("Refused: another restore or rehearsal is at work on this host, wait for it.", file=sys.stderr)
         return 2
