@@ -1,6 +1,7 @@
 """The long campaigns: `make soak`. Each province is stood up whole and lives through its life cycle; on Đắk Lắk's hosts
-fifty runs are killed as well, hosts, cables and daemons fail under load, 20,000 mailboxes are replicated, scanners look
-for holes, and every guarded setting is broken. Ends with `N passed, N failed` over the campaigns.
+fifty runs are killed as well, hosts, cables and daemons fail under load, both mail hosts burn and come back from the
+backup alone, 20,000 mailboxes are replicated, scanners look for holes, and every guarded setting is broken. Ends with
+`N passed, N failed` over the campaigns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ CAMPAIGNS = {
     "killed runs": [*PYTEST, "tests/acceptance/test_killed_runs.py"],
     "availability": ["tests/availability.py", "--lab", f"build/{LAB}/lab.json"],
     "replication": ["bench/replication.py", "--only", "store", "--mailboxes", "20000"],
+    "recovery": ["tests/recovery.py", "--lab", f"build/{LAB}/lab.json"],
     "scanners": ["tests/scanners.py", "--lab", f"build/{LAB}/lab.json"],
     "sabotage": ["tests/soak.py", "--lab", f"build/{LAB}/lab.json"],
 }
