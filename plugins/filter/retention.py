@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,48 @@ def purge_rules(policy: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def retention_seen(hosts: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what playbooks/retention.yml has registered on each of `hosts` (their variables), for `retention_report`.
+
+    >>> found = {"stdout_lines": ["Junk 3"]}
+    >>> retention_seen([{"inventory_hostname": "mail1", "retention_folders": found}])
+    {'mail1': {'logs': [], 'journal': 0, 'folders': {'Junk': 3}, 'purged': []}}
+    """
+
+    def files(host: Mapping[str, Any], name: str) -> list[str]:
+        return [Path(file["path"]).name for file in host.get(name, {}).get("files", ())]
+
+    def lines(host: Mapping[str, Any], name: str) -> list[str]:
+        return list(host.get(name, {}).get("stdout_lines", ()))
+
+    return {
+        host["inventory_hostname"]: {
+            "logs": sorted(set(files(host, "retention_logs"))),
+            "journal": len(files(host, "retention_journal")),
+            "folders": {line.split()[0]: int(line.split()[1]) for line in lines(host, "retention_folders")},
+            "purged": [line.partition(":")[0] for line in lines(host, "retention_purged")],
+        }
+        for host in hosts
+    }
+
+
+def retention_report(
+    policy: Mapping[str, Any], directory: Mapping[str, Any], hosts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what is kept, for how long, and what should be gone by now; and the same in words (`lines`)."""
+    found = rules.report(retention(policy), directory, hosts)
+    return {**found, "lines": rules.lines(found)}
+
+
 class FilterModule:
     """Ansible's entry point."""
 
     def filters(self) -> dict[str, Callable[..., Any]]:
         """Return the filters by name."""
-        return {"retention": retention, "backup_keep": backup_keep, "purge_rules": purge_rules}
+        return {
+            "retention": retention,
+            "backup_keep": backup_keep,
+            "purge_rules": purge_rules,
+            "retention_report": retention_report,
+            "retention_seen": retention_seen,
+        }

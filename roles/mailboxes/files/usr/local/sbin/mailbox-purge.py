@@ -15,7 +15,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,9 @@ def directory(settings: dict[str, Any]) -> Any:
 def named(connection: Any, where: str, about: str, names: set[str]) -> set[str]:
     """Return which of `names` (ids, in lower case) have an entry of the class `about` below `where`."""
     found = set()
-    for some in batched(sorted(names), BATCH):
-        which = "".join(f"(uid={name})" for name in some)
+    ordered = sorted(names)
+    for start in range(0, len(ordered), BATCH):
+        which = "".join(f"(uid={name})" for name in ordered[start : start + BATCH])
         rows = connection.search_s(where, 2, f"(&(objectClass={about})(|{which}))", ["uid"])
         found |= {values["uid"][0].decode().lower() for dn, values in rows if dn is not None}
     return found
