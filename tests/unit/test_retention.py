@@ -31,7 +31,7 @@ def test_what_the_policy_leaves_out_is_the_default() -> None:
     found = filters.retention(policy)
     assert (found["leaver_days"], found["logs_days"], found["backups"]["daily_days"]) == (90, 365, 31)
     assert filters.backup_keep(policy) == {
-        "within": "3d", "within_daily": "31d", "within_weekly": "92d", "within_monthly": "500d",
+        "within": "3d", "within-daily": "31d", "within-weekly": "92d", "within-monthly": "500d",
     }  # fmt: skip
     assert filters.retention({})["trash_days"] == filters.retention({"retention": None})["trash_days"] == 90
 

@@ -12,9 +12,9 @@ from typing import Any
 _PRUNED_DAYS = 7  # from the end of a backup's time until its octets are gone: the repository is pruned weekly
 _KEEP = {
     "within": "all_days",
-    "within_daily": "daily_days",
-    "within_weekly": "weekly_days",
-    "within_monthly": "monthly_days",
+    "within-daily": "daily_days",
+    "within-weekly": "weekly_days",
+    "within-monthly": "monthly_days",
 }
 
 
@@ -27,7 +27,7 @@ def backup_keep(retention: Mapping[str, Any]) -> dict[str, str]:
     """Return what `restic forget` is told, as durations: `--keep-within` and the three finer ones.
 
     >>> backup_keep({"backups": {"all_days": 3, "daily_days": 31, "weekly_days": 92, "monthly_days": 366}})
-    {'within': '3d', 'within_daily': '31d', 'within_weekly': '92d', 'within_monthly': '366d'}
+    {'within': '3d', 'within-daily': '31d', 'within-weekly': '92d', 'within-monthly': '366d'}
     """
     return {name: f"{retention['backups'][days]}d" for name, days in _KEEP.items()}
 
