@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import retention as filters
 from directory_model import BASE, LOADER, NOW, Tree, person, unit
+from directory_samples import POLICY, problems_of
 from test_lmtp_watch import load
 
 from hopthu.lifecycle import later
@@ -34,6 +35,12 @@ def test_what_the_policy_leaves_out_is_the_default() -> None:
         "within": "3d", "within-daily": "31d", "within-weekly": "92d", "within-monthly": "500d",
     }  # fmt: skip
     assert filters.retention({})["trash_days"] == filters.retention({"retention": None})["trash_days"] == 90
+
+
+def test_the_old_place_of_the_leavers_time_says_where_the_new_one_is(tmp_path: Path) -> None:
+    problems = problems_of(tmp_path, policy=POLICY + "leaver: {retention_days: 180}\n")
+    assert len(problems) == 1
+    assert problems[0].endswith("retention_days: is retention.leaver_days now: move it there")
 
 
 def test_a_purge_goes_by_the_same_rules_on_the_host_as_by_the_playbook() -> None:
