@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +21,7 @@ from ansible.plugins.action import ActionBase
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
 from hopthu import export, report, state
+from hopthu.controller import commit, operator
 from hopthu.durable import replaced
 from hopthu.slips import Holder, Slips, SlipsRefused, check_certificates
 
@@ -164,7 +162,7 @@ class ActionModule(ActionBase):
                         "plan_file": f"{_HOST_FOLDER}/plan.jsonl",
                         "plan_sha256": args["plan_sha256"],
                         "secrets_file": self._send(secret, f"{temporary}/secrets.json"),
-                        "decision": {"by": _operator(), "commit": _commit(Path(args["path"]))},
+                        "decision": {"by": operator(), "commit": commit(Path(args["path"]))},
                     }
                 )
                 self._remove_tmp_path(temporary)
@@ -290,27 +288,3 @@ def _sha256_of_folder(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     parts = "".join(f"{path.relative_to(folder)}\0{_sha256(path)}\n" for path in files)
     return hashlib.sha256(f"{folder.resolve()}\n{parts}".encode()).hexdigest()
-
-
-def _operator() -> str:
-    """Return who runs this: login name and machine, and the name behind sudo."""
-    behind = os.environ.get("SUDO_USER")
-    return f"{getpass.getuser()}@{socket.gethostname()}" + (f" (sudo by {behind})" if behind else "")
-
-
-def _commit(folder: Path) -> str:
-    """Return the git commit of the files in `folder`, with "+changes" when they differ from it."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", folder.resolve(), *arguments], capture_output=True, text=True, check=False
-            )
-        except FileNotFoundError:
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return "not under version control"
-    return commit + ("+changes" if git("status", "--porcelain", "--", ".") else "")

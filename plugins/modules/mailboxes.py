@@ -15,8 +15,7 @@ options:
     description:
       - C(count) counts messages and octets in the folders of units that are about to be handed over.
       - C(follow) ends the sessions of those who may not log in any more or whose rights have changed since, lets the
-        head and the delegates of each unit open its mailbox, removes what purged mailboxes have left, and finishes
-        receipts.
+        head and the delegates of each unit open its mailbox, and finishes receipts.
     choices: [count, follow]
     type: str
     required: true
@@ -46,10 +45,6 @@ rights:
   description: Units whose mailbox was opened to its head and delegates.
   type: list
   returned: with step follow
-purged:
-  description: Ids of purged mailboxes whose content was removed.
-  type: list
-  returned: with step follow
 receipts:
   description: Receipts that were written.
   type: list
@@ -60,7 +55,6 @@ import json
 import os
 import pwd
 import select
-import shutil
 import signal
 import tempfile
 from itertools import batched
@@ -300,18 +294,6 @@ def open_units(module, directory, root, owner):
 # --- content --------------------------------------------------------------------------------------
 
 
-def purge(module, directory, root):
-    """Remove what purged mailboxes have left; return their ids."""
-    released = {row["uid"] for row in directory.find("(objectClass=hopThuReleased)", ["uid"], "ou=released,")}
-    due = {identity for identity in released if is_folder_name(identity) and os.path.lexists(root / identity)}
-    # A run that was killed between the two has left the tombstone and the mailbox; the next one removes the mailbox.
-    due -= {row["uid"] for row in directory.named(MAILBOX, "uid", due, ["uid"])}
-    for identity in sorted(due):
-        if not module.check_mode:
-            shutil.rmtree(root / identity)
-    return sorted(due)
-
-
 def counted(module, directory, units, people):
     """Return what is in the mailboxes of `units`, who heads them, and the names of `people`, by id."""
     names = {row["uid"]: row.get("cn") for row in directory.named(MAILBOX, "uid", people, ["uid", "cn"])}
@@ -344,16 +326,13 @@ def follow(module, directory, settings):
         raise NotSetUp("There is no user vmail on this host: run the dovecot role first.") from None
     lacking, map_differs = open_units(module, directory, root, owner)
     ended = end_sessions(module, directory)
-    purged = purge(module, directory, root)
     lines = [f"{one['user']} {one['service']}: session ended, {one['reason']}" for one in ended]
     lines += [f"{unit}: opened to head and delegates" for unit in lacking]
-    lines += [f"{identity}: content removed" for identity in purged]
     lines += ["map of shared mailboxes: written anew"] if map_differs else []
     return {
         "changed": bool(lines),
         "ended": ended,
         "rights": lacking,
-        "purged": purged,
         "diff": {"prepared": "".join(f"{line}\n" for line in lines)},
     }
 

@@ -18,7 +18,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.message import EmailMessage
 from email.policy import SMTP
@@ -32,6 +32,7 @@ import testinfra
 import yaml
 from ansible.parsing.vault import VaultLib, VaultSecret
 from imapclient import IMAPClient
+from ldap3.core.exceptions import LDAPNoSuchObjectResult
 from testinfra.host import Host
 
 # A correspondent's address; its domain says nothing about who may send for it.
@@ -225,10 +226,10 @@ class Service:
                 wait(f"{host} knows {box.address}", lambda host=host: self._knows(host, box.dn))
             yield box
         finally:
-            with self.ldap_admin() as admin:
+            with self.ldap_admin() as admin, suppress(LDAPNoSuchObjectResult):  # the test has let it be purged
                 admin.delete(box.dn)
             for store in self.in_group("mailstore"):
-                self.run(store, f"rm -rf -- /srv/vmail/{uid}")
+                self.run(store, f"rm -rf -- /srv/vmail/{uid} /srv/vmail/.backup/{uid}")
 
     def _knows(self, host: str, dn: str) -> bool:
         """Whether the directory of a host has an entry."""

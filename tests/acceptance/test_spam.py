@@ -6,14 +6,18 @@ import io
 import random
 import re
 import secrets
+import shlex
 import smtplib
 import zipfile
 from collections.abc import Callable
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from pathlib import Path
+from typing import Any
 
 import pytest
 from milter import ACTIONS, BAYES, GTUBE, SETTINGS, filter_hosts, setting, without
+from playbook import Files
 from service import OUTSIDER, Mailbox, Service, letter, message_id, wait
 
 SPAM = ["DL-6.5"]
@@ -139,22 +143,28 @@ def test_deleting_junk_teaches_nothing(service: Service, mailbox: Mailbox) -> No
 
 
 @pytest.mark.requirement("DL-6.5")
-def test_junk_expires(service: Service, mailbox: Mailbox) -> None:
-    """By the nightly unit, whose 30 days the test cannot wait for: its own command with a second instead."""
+@pytest.mark.parametrize(("folder", "name"), [("Junk", "junk_days"), ("Trash", "trash_days")])
+def test_junk_and_trash_expire(
+    service: Service, lab: dict[str, Any], mailbox: Mailbox, folder: str, name: str, tmp_path: Path
+) -> None:
+    """By the nightly unit, whose days the test cannot wait for: its own program with a second instead, for one user."""
     store = service.in_group("mailstore")[0]
+    days = Files(lab, tmp_path).policy["retention"][name]
     with mailbox.imap() as imap:
-        for folder in ("INBOX", "Junk"):
-            imap.append(folder, letter(OUTSIDER, mailbox.address).as_bytes())
+        for where in ("INBOX", folder):
+            imap.append(where, letter(OUTSIDER, mailbox.address).as_bytes())
         assert service.run(store, "systemctl is-active junk-expiry.timer") == "active"
-        command = service.run(store, "sed -n 's/^ExecStart=//p' /etc/systemd/system/junk-expiry.service").strip()
-        assert command.endswith("savedbefore 30d"), command
+        program = service.run(store, "sed -n 's/^ExecStart=//p' /etc/systemd/system/junk-expiry.service").strip()
+        text = service.run(store, f"cat {program}")
+        assert f"\nexpire {folder} {days}\n" in f"{text}\n" and " -A " not in text.replace("with -A", ""), text
+        changed = text.replace("doveadm user '*'", f"echo {mailbox.address}").replace('"$2d"', "1s")
 
         def gone() -> bool:
-            service.run(store, command.replace("30d", "1s").replace(" -A ", f" -u {mailbox.address} "))
-            imap.select_folder("Junk")
+            service.run(store, f"sh -c {shlex.quote(changed)}")
+            imap.select_folder(folder)
             return not imap.search()
 
-        wait("Junk is empty", gone)
+        wait(f"{folder} is empty", gone)
         imap.select_folder("INBOX")
         assert imap.search()
 

@@ -22,8 +22,8 @@ def test_good_files_give_the_mailboxes(tmp_path: Path) -> None:
         "daklak.gov.vn", ("daklak.gov.vn", "phuyen.gov.vn"), 2, 2
     )  # fmt: skip
     assert lines[0]["policy"] == {
-        "domain": "daklak.gov.vn", "alias_days": 180, "block_days": 365, "retention_days": 180, "pointer": "none",
-        "removal_limit": 0.1, "required_refs": {}, "eligibility": {}, "delegates": {},
+        "domain": "daklak.gov.vn", "alias_days": 180, "block_days": 365, "retention_days": 180, "backup_days": 373,
+        "pointer": "none", "removal_limit": 0.1, "required_refs": {}, "eligibility": {}, "delegates": {},
     }  # fmt: skip
     assert [(line["k"], line["i"], line["r"]) for line in lines[1:]] == [
         ("unit", "u1", {}), ("unit", "u2", {}), ("person", "p1", {}), ("person", "p2", {"decision_ref": "15/QĐ"})

@@ -31,7 +31,8 @@ JSON = json.dumps(
 )  # fmt: skip
 FULL_POLICY = POLICY + (
     "required_refs: {join: [decision_ref, order_ref]}\neligibility: {people: [civil_servant]}\n"
-    "delegates: {max: 1, roles: [Văn thư], document_required: true}\nleaver: {retention_days: 9, pointer: unit}\n"
+    "delegates: {max: 1, roles: [Văn thư], document_required: true}\nleaver: {pointer: unit}\n"
+    "retention: {logs_days: 180, leaver_days: 9, backups: {monthly_days: 40}}\n"
     "rename: {alias_days: 3}\nremoval_limit: 0.1\nsuspend_unit_people: true\nnotify: {owner: x}\n"
     "passwords: {min_length: 12, administrators: {people: [p1], classes: 4}}\n"
 )

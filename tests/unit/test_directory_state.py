@@ -183,8 +183,9 @@ def test_the_header_carries_what_the_plan_needs(tmp_path: Path) -> None:
     assert reading.problems == []
     assert lines[0] == {
         "policy": {
-            "domain": "laocai.gov.vn", "alias_days": 30, "block_days": 7, "retention_days": 180, "pointer": "unit",
-            "removal_limit": 0.5, "required_refs": {"join": ["decision_ref"], "hand-over": ["approved_by"]},
+            "domain": "laocai.gov.vn", "alias_days": 30, "block_days": 7, "retention_days": 180, "backup_days": 373,
+            "pointer": "unit", "removal_limit": 0.5,
+            "required_refs": {"join": ["decision_ref"], "hand-over": ["approved_by"]},
             "eligibility": {"units": ["administrative"], "on_request": ["party"]},
             "delegates": {"max": 1, "roles": ["Văn thư"], "document_required": True},
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from .files import Problem, Record, short
 from .names import NameRefused, Pattern, fill_pattern
+from .retention import backup_days
 
 _ADDRESS_OCTETS = 254  # RFC 5321, 4.5.3.1.3, without the angle brackets
 _LINE_BITS = 28
@@ -66,6 +67,8 @@ class Policy:
                 "domain": self.domain,
                 "alias_days": values["rename"]["alias_days"],
                 "block_days": values["address"]["reuse_block_days"],
+                "retention_days": values["retention"]["leaver_days"],
+                "backup_days": backup_days(values["retention"]),
                 **values["leaver"],
                 "removal_limit": values["removal_limit"],
                 "required_refs": values["required_refs"],

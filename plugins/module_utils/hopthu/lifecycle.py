@@ -75,6 +75,7 @@ class Rules:
     alias_days: int = 180
     block_days: int = 365
     retention_days: int = 180
+    backup_days: int = 373
     pointer: str = "none"
     removal_limit: float = 0.1
     required_refs: Mapping[str, Collection[str]] = field(default_factory=dict)

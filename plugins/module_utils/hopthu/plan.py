@@ -163,6 +163,38 @@ def make_reset_plan(
     return Plan(_header(changes, serial, now, fill=False, stop=None, issued={}), changes, steps)
 
 
+def make_purge_plan(
+    policy: dict[str, Any],
+    due: Iterable[Row],
+    released: Iterable[Row],
+    *,
+    base: str,
+    loader: str,
+    now: str,
+    serial: int = 0,
+) -> Plan:
+    """Plan the end of retention, and nothing else: of the mailboxes `due`, those go whose time is over.
+
+    Without the files: what the policy asks grounds for is refused here, and left to a run that knows them.
+    """
+    planner = _Planner([json.dumps({"policy": {"domain": "", **policy}}).encode()], base, loader, now)
+    boxes = [box for box in planner.boxes(due) if not box.by_hand]
+    for box in boxes:
+        planner.classify(box)
+    boxes = [box for box in boxes if box.actions == {"purge"}]
+    judge = Refusals([], {}, {}, {}, planner.rules, now)
+    changes: list[Change] = []
+    works: list[Work] = []
+    for box in boxes:
+        box.refused = judge.grounds(box)
+        work = Work(box, None, {}, index=len(changes))
+        changes.append(planner.change(box, ["purge"], *work.shown()))
+        works += [work] if not box.refused else []
+    tombs = {identity.lower() for _dn, _attributes, identity in map(_identified, released)}
+    steps = ordered(works, tombs, planner.rules, now)
+    return Plan(_header(changes, serial, now, fill=False, stop=None, issued={}), changes, steps)
+
+
 def _identified(row: Row) -> tuple[str, dict[str, list[bytes]], str]:
     dn, attributes = row
     return dn, attributes, attributes["uid"][0].decode("utf-8", "replace")
@@ -329,14 +361,18 @@ class _Planner:
 
         everyone = [*self.units.values(), *self.people.values(), *self.applications.values()]
         for box in everyone:
-            waits = succeeded(box.had) and any(until.alias(self.now) for until in box.former.values())
-            classify(box, self.rules, self.now, waits)
+            self.classify(box)
         Refusals(everyone, self.units, self.people, tombs, self.rules, self.now).run()
         fill = not any_live and sum(not box.refused for box in everyone) > FILL
         changes, works = self._changes(everyone)
         stop = self._stop(changes, active, removals)
         steps = [] if fill or stop else ordered(works, tombs.keys(), self.rules, self.now)
         return Plan(_header(changes, serial, self.now, fill, stop, slips), changes, steps)
+
+    def classify(self, box: Mailbox) -> None:
+        """Name what happens to a mailbox."""
+        waits = succeeded(box.had) and any(until.alias(self.now) for until in box.former.values())
+        classify(box, self.rules, self.now, waits)
 
     def _stop(self, changes: list[Change], active: int, allowed: int | None) -> str | None:
         """Return why so many removals are not carried out without a word of the operator."""

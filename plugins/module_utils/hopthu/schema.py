@@ -2,8 +2,8 @@
 
 The schemas in inventories/schema/ are the only place where types, patterns and enumerations of fields
 stand; editors read them too. Beside JSON Schema's own words (draft 2020-12) they carry `x-sentence` (what is said
-after a value that does not fit), `x-missing` (how to fill a missing field) and `x-text` (text is cleaned before
-use; a "name" must also not be in an old encoding).
+after a value that does not fit), `x-missing` (how to fill a missing field), `x-moved` (old names with the new ones)
+and `x-text` (text is cleaned before use; a "name" must also not be in an old encoding).
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Fields:
                 self.defaults[name] = check.defaults
         others = schema.get("additionalProperties", True)
         self.open = others is not False
+        self.moved: dict[str, str] = schema.get("x-moved", {})
         self.others = _compile(*_resolve(others, file)) if isinstance(others, dict) else _anything
         keys = schema.get("propertyNames")
         self.keys = _leaf(_resolve(keys, file)[0]) if keys else _anything
@@ -86,6 +87,8 @@ class Fields:
 
     def _other(self, name: str) -> Check:
         """Return the check for a key that has none of its own; raises ValueError when it may not stand here."""
+        if name in self.moved:
+            raise ValueError(f"is {self.moved[name]} now: move it there")
         if not self.open:
             near = _near(name, tuple(self.known))
             hint = f"did you mean {near}?" if near else f"known are {', '.join(self.known)}"

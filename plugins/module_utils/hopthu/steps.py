@@ -251,6 +251,8 @@ class _Order:
             ),
             "mailboxGrounds": live.get("mailboxGrounds", []),
         }
+        if box.kind != "application":  # it has no content
+            values["mailboxBackupsUntil"] = [later(self.now, self.rules.backup_days)]
         dn = f"uid={box.id},ou=released,{box.dn.split(',', 2)[2]}"
         return Step("tombstone", work.index, dn, set={name: found for name, found in values.items() if found})
 
