@@ -17,7 +17,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "roles/backup/files/usr/local/lib/mail-backup"))
 
-from backup import backup_table, further_backup_files, htpasswd_hash
 from mail_backup import catalogue, commands, server, status, store
 from mail_backup.restic import (
     SENTENCES,
@@ -31,6 +30,8 @@ from mail_backup.restic import (
     newest,
 )
 from mail_backup.settings import Repository, Server, Settings, load, load_server
+
+from backup import backup_table, further_backup_files, htpasswd_hash
 
 ROLE = Path(__file__).parents[2] / "roles/backup"
 NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
