@@ -244,9 +244,9 @@ def plan(module: AnsibleModule) -> dict[str, Any]:
     live: Iterable[Row] = []
     dead: Iterable[Row] = []
     result: dict[str, Any] = {}
-    await_arrivals(given)
     try:
         connection = connect(given["uri"], given["bind_dn"], given["password_file"])
+        await_arrivals(given)
         rest["serial"] = serial(connection, base)
         live, dead = mailboxes(connection, base), tombstones(connection, base)
     except NotSetUp as refusal:
