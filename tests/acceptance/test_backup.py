@@ -37,14 +37,14 @@ print(json.dumps({{"id": found.id, "names": names, "texts": texts}}))
 """
 # As an intruder with root on a mail host: everything that host's own credentials could do to an old snapshot.
 INTRUDE = """
-import json, ssl, subprocess, sys, urllib.error, urllib.parse, urllib.request
+import base64, json, ssl, subprocess, sys, urllib.error, urllib.parse, urllib.request
 go = json.load(sys.stdin)
 url = urllib.parse.urlsplit(open("/etc/mail-backup/repository").read().strip().removeprefix("rest:"))
 base = f"https://{url.hostname}:{url.port}{url.path}"
-keys = urllib.request.HTTPPasswordMgrWithDefaultRealm()
-keys.add_password(None, base, url.username, url.password)
 trust = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile="/etc/ssl/hopthu/ca.pem"))
-opener = urllib.request.build_opener(urllib.request.HTTPBasicAuthHandler(keys), trust)
+opener = urllib.request.build_opener(trust)
+login = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
+opener.addheaders = [("Authorization", f"Basic {login}")]
 answers = {}
 def ask(method, path, data=None):
     try:
@@ -265,14 +265,14 @@ def full(backups: Backups) -> Iterator[None]:
 @contextmanager
 def locked(backups: Backups) -> Iterator[None]:
     """Somebody else has the repository for himself, such as a removal of old snapshots that hangs."""
-    command = "restic --no-cache -r /srv/backup/mail --password-file /etc/mail-backup/password check --read-data"
+    # As the server's user, who must be able to read the lock; so slowly that it does not end.
+    command = f"runuser -u restic-rest-server -- restic --no-cache -r {REPOSITORY} --limit-download 5 check --read-data"
     with ExitStack() as stack:
         stack.enter_context(backups.changed(backups.holder, SETTINGS, lock_seconds=1))
-        script = f"nohup {command} >/dev/null 2>&1 & echo $!"
-        pid = backups.service.run(backups.keeper, script).strip()
-        stack.callback(backups.service.run, backups.keeper, f"kill -9 {pid}; rm -f {REPOSITORY}/locks/*")
+        backups.service.run(backups.keeper, f"{command} < /etc/mail-backup/password > /dev/null 2>&1 &")
+        stop = f"pkill -9 -u restic-rest-server -x restic; rm -f {REPOSITORY}/locks/*"
+        stack.callback(backups.service.run, backups.keeper, stop)
         wait("the lock", lambda: backups.service.run(backups.keeper, f"ls {REPOSITORY}/locks"))
-        backups.service.run(backups.keeper, f"kill -STOP {pid}")
         yield
 
 
@@ -318,7 +318,8 @@ def test_backup_that_is_cut_half_way_is_alarmed_and_the_next_is_good(backups: Ba
             with backups.changed(backups.holder, SETTINGS, upload_kib=300):
                 service.run(backups.holder, f"systemctl start --no-block {HOST_RUN}")
                 pid = wait(
-                    "restic runs", lambda: service.run(backups.holder, "pgrep -f 'restic.* backup' || true").split()
+                    "restic runs",
+                    lambda: service.run(backups.holder, "pgrep -f '^/usr/bin/restic .* backup ' || true").split(),
                 )
                 wait("it sends", lambda: service.run(backups.keeper, f"ls {REPOSITORY}/locks"))
                 time.sleep(2)
