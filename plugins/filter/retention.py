@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,28 @@ def retention_report(
     return {**found, "lines": rules.lines(found)}
 
 
+def access_lines(ldif: str) -> list[str]:
+    """Return what ldapsearch says of the accesses in the decision log, a line for each, oldest first.
+
+    >>> access_lines("dn: cn=a\\ndecisionTime: 20261126120000Z\\ndecisionBy: an@pc\\n"
+    ...     'decisionChange: {"address": "so@x.vn", "what": "list", "refs": {"grounds": "1/QD"}}\\n')
+    ['2026-11-26 12:00 UTC an@pc: so@x.vn, list, on 1/QD']
+    """
+    found = []
+    for entry in ldif.split("\n\n"):
+        values = {}
+        for line in entry.splitlines():
+            name, _sign, value = line.partition(":")
+            values[name] = b64decode(value[1:]).decode() if value.startswith(":") else value.strip()
+        if "decisionChange" not in values:
+            continue
+        change, time = json.loads(values["decisionChange"]), values["decisionTime"]
+        shown = f"{time[:4]}-{time[4:6]}-{time[6:8]} {time[8:10]}:{time[10:12]} UTC {values['decisionBy']}"
+        what = ", ".join(str(change[name]) for name in ("what", "folder", "sender", "subject") if change.get(name))
+        found.append(f"{shown}: {change['address']}, {what}, on {change['refs']['grounds']}")
+    return sorted(found)
+
+
 class FilterModule:
     """Ansible's entry point."""
 
@@ -88,4 +112,5 @@ class FilterModule:
             "purge_rules": purge_rules,
             "retention_report": retention_report,
             "retention_seen": retention_seen,
+            "access_lines": access_lines,
         }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import doctest
+import json
 import os
 from datetime import date
 from pathlib import Path
@@ -14,6 +17,7 @@ from directory_model import BASE, LOADER, NOW, Tree, person, unit
 from directory_samples import POLICY, problems_of
 from test_lmtp_watch import load
 
+from hopthu import retention as rules
 from hopthu.lifecycle import later
 from hopthu.plan import Plan, make_purge_plan
 
@@ -166,6 +170,19 @@ def test_report_of_a_quiet_day_has_nothing_overdue() -> None:
 
 
 # --- copies on stated grounds
+
+
+def test_examples_of_the_filters() -> None:
+    assert doctest.testmod(filters).failed == 0 and doctest.testmod(rules).failed == 0
+
+
+def test_access_is_told_in_a_line_whatever_its_letters() -> None:
+    change = {"address": "so@x.vn", "what": "messages", "subject": "công văn", "refs": {"grounds": "15/QĐ"}}
+    text = base64.b64encode(json.dumps(change, ensure_ascii=False).encode()).decode()
+    entry = f"decisionTime: 20261126120000Z\ndecisionBy: an@pc\ndecisionChange:: {text}\n"
+    ldif = f"dn: cn=2\n{entry}\ndn: cn=2-done\ndecisionTime: 20261126120001Z\n\n"
+    assert filters.access_lines(ldif) == ["2026-11-26 12:00 UTC an@pc: so@x.vn, messages, công văn, on 15/QĐ"]
+    assert filters.access_lines("") == []
 
 
 def asked(**given: Any) -> argparse.Namespace:
