@@ -56,6 +56,7 @@ for name in go["names"]:
         with open(f"{folder}/cur/{int(time.time())}.M{number}P{os.getpid()}.bench,S={len(data)}:2,S", "wb") as file:
             file.write(data)
 """
+RESTORE = "mail-restore all --at \"$(date '+%F %T')\" --grounds bench --by bench"
 COUNT = "find /srv/vmail/{tag}-* -path '*/cur/*' -type f | wc -l"
 
 
@@ -133,7 +134,7 @@ def rows(pair: Pair, count: int, octets: int) -> list[Row]:
             increment = backed_up(pair, "1 % changed")
             before = total()
             pair.do("sh", "-c", f"rm -rf /srv/vmail/{tag}-*")
-            restored = timed(pair, "restore", "mail-restore all --grounds bench --by bench")
+            restored = timed(pair, "restore", RESTORE)
             if (after := total()) != before:
                 raise BenchError(f"{before} messages were lost and {after} came back.")
             pair.do("sh", "-c", f"rm -rf /srv/vmail/{tag}-*")
