@@ -82,6 +82,7 @@ def _variables(lab: Lab, subnets: hosts.Subnets, resolvers: list[str], zones: li
         "mail_never_banned": subnets.gateway,
         "clamav_signature_source": "files",
         "clamav_signature_files": [str(path) for path in sorted((lab.checkout / "lab" / "signatures").glob("*"))],
+        "backup_reserve_octets": 1 << 28,  # the repository shares this machine's disk, which may have little left
         "dns_records_path": str(lab.build / "dns"),
         "dns_records_policy_addresses": world,
         "dns_records_servers": world,
