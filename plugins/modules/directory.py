@@ -195,7 +195,6 @@ except ImportError:
 
 COPIED = 60  # seconds that a change is given to come from one host to the other
 GONE = 10  # seconds after which a peer that does not answer is not waited for
-UNSYNCED = 250  # from so many operations on, slapd writes to disk only at the end
 
 
 # --- slapd's own configuration -----------------------------------------------------------------------------------
@@ -215,23 +214,14 @@ def as_root() -> Iterator[Any]:
 
 
 def mend(base: str) -> None:
-    """Put right what a killed run has left: slapd stopped, a half-filled copy, databases that are not synced."""
+    """Put right what a killed run has left: slapd stopped, a half-filled copy."""
     fill.resume()
     with as_root() as root:
-        for dn, values in databases(root):
-            if values.get("olcDbNoSync") == [b"TRUE"]:
-                root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"FALSE"])])
+        for _dn, values in root.search_s(
+            "cn=config", ldap.SCOPE_ONELEVEL, "(olcDbDirectory=*)", ["olcSuffix", "olcDbDirectory"]
+        ):
             if base.encode() in values.get("olcSuffix", []):
                 fill.clean(values["olcDbDirectory"][0].decode())
-
-
-def databases(root: Any) -> list[tuple[str, dict[str, list[bytes]]]]:
-    """Return the databases of slapd's configuration that stand in a folder."""
-    wanted = ["olcSuffix", "olcDbDirectory", "olcDbNoSync"]
-    found: list[tuple[str, dict[str, list[bytes]]]] = root.search_s(
-        "cn=config", ldap.SCOPE_ONELEVEL, "(olcDbDirectory=*)", wanted
-    )
-    return found
 
 
 # --- planning ----------------------------------------------------------------------------------------------------
@@ -400,30 +390,11 @@ def carry_out_logged(
     texts = [text(change) for change in changes if not change.refused]
     few = len(texts) <= DECISION
     connection.add_s(*log.opening(header["counts"], texts if few else None))
-    with unsynced(len(steps)):
-        for addition in () if few else log.chunks(texts):
-            connection.add_s(*addition)
-        carry_out(connection, steps, changes, secrets)
-
-
-@contextmanager
-def unsynced(operations: int) -> Iterator[None]:
-    """Have slapd leave the disk to itself while many operations run; what follows is written through again."""
-    if operations <= UNSYNCED:
-        yield
-        return
-    with as_root() as root:
-        names = [dn for dn, _values in databases(root)]
-        try:
-            for dn in names:
-                root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"TRUE"])])
-            yield
-        finally:
-            try:
-                for dn in names:
-                    root.modify_s(dn, [(ldap.MOD_REPLACE, "olcDbNoSync", [b"FALSE"])])
-            except ldap.SERVER_DOWN:
-                pass  # what ended the work says so; the next run puts this right
+    for addition in () if few else log.chunks(texts):
+        connection.add_s(*addition)
+    # Nothing is changed in cn=config meanwhile, such as olcDbNoSync for speed: a change there waits until no thread is
+    # at work, and slapd hangs for good when one of them waits to send an entry to the peer.
+    carry_out(connection, steps, changes, secrets)
 
 
 MODES = {"plan": plan, "apply": apply, "export": export}
