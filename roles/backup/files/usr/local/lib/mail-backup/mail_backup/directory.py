@@ -121,7 +121,7 @@ def load(config: str, base: str, content: str, work: Path, database: Path, user:
     """
     folder = folder_of(config, base)
     for path in (work, database):
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)  # most often it is not there; mkdir fails when it stays
         path.mkdir(mode=0o700, parents=True)
         if user:
             shutil.chown(path, user, user)
@@ -163,6 +163,7 @@ def fill(base: str, content: str, decisions: Iterable[tuple[str, dict[str, list[
         finally:
             run(["systemctl", "start", "slapd.service"])
     finally:
+        # What is left hinders nobody, and must not hide why the work failed; the next run removes it.
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(copy, ignore_errors=True)
     return sum(1 for _entry in parse(content.splitlines())), str(old)
