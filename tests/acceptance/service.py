@@ -229,7 +229,7 @@ class Service:
             with self.ldap_admin() as admin, suppress(LDAPNoSuchObjectResult):  # the test has let it be purged
                 admin.delete(box.dn)
             for store in self.in_group("mailstore"):
-                self.run(store, f"rm -rf -- /srv/vmail/{uid} /srv/vmail/.backup/{uid}")
+                self.run(store, f"rm -rf -- /srv/vmail/{uid} /srv/vmail/.backup/*/{uid}*")
 
     def _knows(self, host: str, dn: str) -> bool:
         """Whether the directory of a host has an entry."""

@@ -109,14 +109,17 @@ class Ldap:
 
 def test_content_goes_only_with_a_tombstone_and_without_an_entry(tmp_path: Path) -> None:
     """Both from the store and from the copy for backups; what begins with a dot is nobody's mailbox."""
-    for name in ("P1", "p2", "p3", ".probe", ".backup/P1", ".backup/p4", ".restore/p1"):
+    for name in ("P1", "p2", "p3", ".probe", ".backup/mailboxes/P1", ".backup/mailboxes/p4", ".restore/p1"):
         (tmp_path / name / "Maildir").mkdir(parents=True)
     (tmp_path / "p5").symlink_to("p3")
+    copies, catalogue = tmp_path / ".backup" / "mailboxes", tmp_path / ".backup" / "catalogue"
+    catalogue.mkdir()
+    (catalogue / "P1.jsonl").touch()
     found = purge.homes(tmp_path)
     assert sorted(found) == ["P1", "p2", "p3", "p4"]
     directory = Ldap({"P1", "p2", "p4", "p5", "p6"}, {"p2", "p3"})
     gone = dict(purge.due(directory, BASE, found))
-    assert gone == {"P1": [tmp_path / "P1", tmp_path / ".backup" / "P1"], "p4": [tmp_path / ".backup" / "p4"]}
+    assert gone == {"P1": [tmp_path / "P1", copies / "P1", catalogue / "P1.jsonl"], "p4": [copies / "p4"]}
     assert dict(purge.due(Ldap(set(), set()), BASE, found)) == {}
 
 

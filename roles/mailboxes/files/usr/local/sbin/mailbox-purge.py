@@ -19,19 +19,23 @@ from pathlib import Path
 from typing import Any
 
 SETTINGS = Path("/etc/hopthu/mailboxes.json")
-COPIES = ".backup"  # hard links to the mail, below the mail store's folder
+# Below the mail store's folder: hard links to the mail, and what a backup says of it.
+COPIES, CATALOGUES = ".backup/mailboxes", ".backup/catalogue"
 BATCH = 200  # names in one question to the directory
 NOT_SET_UP = 3
 IDENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # as inventories/schema/common.schema.json has it
 
 
 def homes(root: Path) -> dict[str, list[Path]]:
-    """Return the folders that belong to a mailbox id."""
+    """Return the folders and files that belong to a mailbox id."""
     found: dict[str, list[Path]] = {}
     for folder in (root, root / COPIES):
         for path in folder.iterdir() if folder.is_dir() else ():
             if IDENT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 found.setdefault(path.name, []).append(path)
+    for path in (root / CATALOGUES).glob("*.jsonl"):
+        if IDENT.fullmatch(path.stem):
+            found.setdefault(path.stem, []).append(path)
     return found
 
 
@@ -81,7 +85,7 @@ def main() -> int:
         return 1
     for identity, paths in due(connection, settings["base"], homes(Path(settings["mail_root"]))):
         for path in paths if "--check" not in sys.argv[1:] else ():
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         print(f"{identity}: content removed")
     return 0
 
