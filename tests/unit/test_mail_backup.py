@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -506,6 +507,19 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     return Settings(
         "tinh.test", "mail1", Repository("here", str(tmp_path), "/k"), state=str(tmp_path), max_age_hours={"mail": 14}
     )
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_tree_of_a_host_that_the_service_has_left_goes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, holds: bool
+) -> None:
+    settings = dataclasses.replace(settings, mail_root=str(tmp_path))
+    monkeypatch.setattr(commands, "is_holder", lambda _settings: holds)
+    commands.tidy(settings)
+    (settings.tree / "mailboxes" / "dl-01").mkdir(parents=True)
+    commands.tidy(settings)
+    assert settings.tree.is_dir() == holds
+    assert Path(settings.mail_root).is_dir()
 
 
 def test_run_that_fails_is_noted_and_an_alarm_and_the_next_kind_goes_on(

@@ -163,8 +163,18 @@ def run_directory(settings: Settings, restic: Restic, progress: Callable[..., No
     return {"entries": counts["data"], "snapshot": summary["snapshot_id"], "added": summary["data_added"]}
 
 
+def tidy(settings: Settings) -> None:
+    """Remove the link tree of a host that the service has left: nobody brings it up to date.
+
+    What is deleted from the mailboxes, by purge too, would lie on in it. When the service comes back it is made anew.
+    """
+    if settings.mail_root and settings.tree.is_dir() and not is_holder(settings):
+        shutil.rmtree(settings.tree)
+
+
 def run_host(settings: Settings, restic: Restic, progress: Callable[..., None]) -> dict[str, Any]:
     """Back up this host's own files; return what to note."""
+    tidy(settings)
     paths = [path for path in settings.files if os.path.exists(path)]
     summary = restic.backup("host", settings.host, paths)
     files = summary["total_files_processed"]
