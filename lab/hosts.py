@@ -216,6 +216,8 @@ def ensure_image(lab: Lab) -> str:
     sources = [f"deb {mirror} {SUITE} main", f"deb {mirror} {SUITE}-updates main"]
     if security:
         sources.append(f"deb {security} {SUITE}-security main")
+    ours = lab.checkout / "lab" / "image"
+    content = [path.read_text(encoding="utf-8") for path in sorted(ours.rglob("byte_code.*"))]
     recipe = [
         "--variant=minbase",
         f"--include={','.join(BASE_PACKAGES)}",
@@ -225,14 +227,14 @@ def ensure_image(lab: Lab) -> str:
         '--customize-hook=rm -f "$1"/etc/ssh/ssh_host_*',
     ]
     week = time.strftime("%G-%V", time.gmtime())
-    key = hashlib.sha256("\n".join([*recipe, *sources, INIT, week]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\n".join([*recipe, *content, *sources, INIT, week]).encode()).hexdigest()[:12]
     image = f"localhost/{lab.network}:{key}"
     tar = cache_folder() / f"base-{key}.tar"
     with machine.locked(cache_folder() / "base.lock", "another lab's base image"):
         if not tar.exists():
             partial = tar.with_suffix(".partial.tar")
             machine.run(
-                ["mmdebstrap", *recipe, SUITE, partial, *sources],
+                ["mmdebstrap", *recipe, f"--customize-hook=copy-in {ours}/usr /", SUITE, partial, *sources],
                 "The base image could not be built",
                 timeout=1800,
             )

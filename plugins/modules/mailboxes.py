@@ -102,7 +102,7 @@ class Directory:
 
     def __init__(self, settings):
         if ldap is None:
-            raise NotSetUp("python3-ldap is not installed on this host: run the mailboxes role")
+            raise NotSetUp("python3-ldap is not installed on this host: run playbooks/site.yml first")
         self.base = settings["base"]
         self.uris = " ".join(settings["uris"])
         self.connection = ldap.initialize(self.uris)

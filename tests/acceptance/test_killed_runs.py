@@ -1,7 +1,7 @@
 """The directory's run, its module and slapd killed at random points: the next run reaches the very tree that a calm
 run reaches, nothing half-made was visible meanwhile, and whoever has an initial password has its slip.
 
-HOPTHU_KILLS says how often (5); HOPTHU_SEED makes a campaign repeatable.
+HOPTHU_KILLS says how often (3, each kind once); HOPTHU_SEED makes a campaign repeatable.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from faults import Hosts
 from playbook import Files, plan
 from service import Service, accepts, wait
 
-KILLS = int(os.environ.get("HOPTHU_KILLS", "5"))
+KILLS = int(os.environ.get("HOPTHU_KILLS", "3"))
 SEED = int(os.environ.get("HOPTHU_SEED", str(random.SystemRandom().randrange(10**6))))
 PEOPLE = 120  # to a round: long enough a window to be killed in
 VICTIMS = ("the run", "the module", "slapd")

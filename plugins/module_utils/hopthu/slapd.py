@@ -65,16 +65,16 @@ def reason(error: Any) -> str:
 def connect(uri: str, bind_dn: str, password_file: str) -> Any:
     """Open the loader's session; raises Refused."""
     if ldap is None:
-        raise NotSetUp("python3-ldap is not installed on this host: install it")
+        raise NotSetUp("python3-ldap is not installed on this host: run playbooks/site.yml first")
     if not uri.startswith(("ldapi://", "ldaps://")):
         raise Refused(f"{uri} would show the password on the network: use ldapi:// or ldaps://")
     try:
         with open(password_file, encoding="utf-8") as file:
             password = file.read().rstrip("\r\n")
     except FileNotFoundError:
-        raise NotSetUp(f"{password_file} is not there: run the directory role first") from None
+        raise NotSetUp(f"{password_file} is not there: run playbooks/site.yml first") from None
     except (OSError, UnicodeDecodeError):
-        raise Refused(f"{password_file} cannot be read: run the directory role first") from None
+        raise Refused(f"{password_file} cannot be read: run playbooks/site.yml first") from None
     if not password:
         raise Refused(f"{password_file} is empty: put the password of {bind_dn} into it")
     connection = session(uri)
