@@ -198,3 +198,10 @@ def test_apparmor_confines_where_the_kernel_has_it(service: Service) -> None:
         profiles = service.run(host, "cat /sys/kernel/security/apparmor/profiles").splitlines()
         assert any(line.endswith("(enforce)") for line in profiles), f"{host}: no profile is loaded"
         assert not [line for line in profiles if line.endswith("(complain)")]
+
+
+def test_every_unit_is_read_as_it_was_written(service: Service) -> None:
+    """systemd only warns of a line that it cannot read, and goes on without it."""
+    for host in service.hosts:
+        said = service.run(host, "systemd-analyze verify --man=no /etc/systemd/system/*.* 2>&1 || true")
+        assert [line for line in said.splitlines() if line.startswith("/etc/systemd/system/")] == [], host

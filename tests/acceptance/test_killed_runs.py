@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from faults import Hosts
+from ldap3.core.exceptions import LDAPExceptionError
 from playbook import Files, plan
 from service import Service, accepts, wait
 
@@ -98,6 +99,14 @@ class Rounds:
             self.service.run(host, "systemctl kill -s KILL slapd")
         process.communicate(timeout=120)
         wait("slapd is back", lambda: accepts(self.service.hosts[host]["addresses"]["v4"], 636))
+        wait("the directory answers where the service is now", self._answers, 30)
+
+    def _answers(self) -> bool:
+        try:
+            with self.service.ldap_admin():
+                return True
+        except LDAPExceptionError:
+            return False
 
     def half_made(self, tag: str) -> list[str]:
         """Mailboxes of the round that Postfix and Dovecot see without all that a mailbox needs."""
