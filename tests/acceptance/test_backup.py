@@ -220,7 +220,7 @@ def kept(backups: Backups) -> str:
     return backups.service.run(backups.keeper, command)
 
 
-@pytest.mark.requirement("DL-6.7")
+@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a")
 def test_intruder_on_a_mail_host_cannot_undo_a_backup(backups: Backups, taken: Mailbox) -> None:
     """With root there, and so with every password there: what was in the repository is in it afterwards, unchanged."""
     before = kept(backups)

@@ -196,6 +196,7 @@ def saved(service: Service) -> Iterator[Saved]:
 # --- mail ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a")
 def test_a_deleted_message_comes_back(saved: Saved) -> None:
     """Found by what its owner remembers, and put where it was, with flags and time of arrival."""
     name = sorted(saved.before["Công văn đến"])[0]
@@ -214,6 +215,7 @@ def test_a_deleted_folder_comes_back(saved: Saved) -> None:
     saved.restore("folder", "a folder", saved.before, folder="Lưu trữ")
 
 
+@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a")
 def test_an_emptied_mailbox_comes_back(saved: Saved) -> None:
     """And what came since, was moved or marked since, is as its owner left it."""
     box = saved.box
@@ -341,6 +343,7 @@ client(settings).backup("mail", settings.domain, ["mailboxes", "catalogue", "man
 """
 
 
+@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a")
 def test_the_rehearsal_passes_and_fails_when_it_should(saved: Saved) -> None:
     hosts, holder = saved.hosts, saved.holder
     saved.back_up()
