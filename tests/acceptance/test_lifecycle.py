@@ -12,6 +12,7 @@ import secrets
 import shutil
 import smtplib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -127,14 +128,19 @@ def refused(mailbox: Mailbox, service: Service) -> list[str]:
         "sieve": (lambda: _sieve(mailbox, service), PermissionError),
         "submission": (lambda: _submission(mailbox, service), smtplib.SMTPAuthenticationError),
     }
-    found = []
-    for protocol, (attempt, error) in attempts.items():
+
+    def is_refused(protocol: str) -> bool:
+        attempt, error = attempts[protocol]
         try:
             with attempt():
-                pass
+                return False
         except error:
-            found.append(protocol)
-            service.forgive()
+            return True
+
+    # A refusal takes seconds; they wait for it together.
+    with ThreadPoolExecutor(len(attempts)) as pool:
+        found = [protocol for protocol, yes in zip(attempts, pool.map(is_refused, attempts), strict=True) if yes]
+    service.forgive()
     return found
 
 
