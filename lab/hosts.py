@@ -218,8 +218,11 @@ def ensure_image(lab: Lab) -> str:
         sources.append(f"deb {security} {SUITE}-security main")
     ours = lab.checkout / "lab" / "image"
     content = [path.read_text(encoding="utf-8") for path in sorted(ours.rglob("byte_code.p*"))]
-    # Python is started once, so that it has compiled them: a dry run must find the host as it leaves it.
-    brought = [f"--customize-hook=copy-in {ours}/usr /", '--customize-hook=chroot "$1" python3 -c pass']
+    # Compiled, as Python does at its first start: a dry run must find the host as it leaves it.
+    brought = [
+        f"--customize-hook=copy-in {ours}/usr /",
+        '--customize-hook=chroot "$1" python3 -m compileall -q /usr/local/lib',
+    ]
     recipe = [
         "--variant=minbase",
         f"--include={','.join(BASE_PACKAGES)}",
