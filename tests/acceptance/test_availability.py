@@ -19,7 +19,7 @@ from service import OUTSIDER, Mailbox, Service, letter, wait
 
 # What is stored besides, for the latter two, test_backup.py and test_restore.py show.
 RUNS = ["DL-6.3", "HT-4.1a", "CT-6.2"]
-HOLD = 25  # seconds that a fault lasts
+HOLD = 20  # seconds that a fault lasts
 # Figures are in build/availability.json; these are for a machine that is busy with something else.
 GAP, TWO_HOLDERS = 60, 20
 
