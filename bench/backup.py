@@ -63,11 +63,11 @@ COUNT = "find /srv/vmail/{tag}-* -path '*/cur/*' -type f | wc -l"
 @contextmanager
 def without_sync(pair: Pair) -> Iterator[None]:
     """The time without copying between the hosts."""
-    pair.both("systemctl", "stop", "mail-sync.service")
+    pair.both("systemctl", "stop", "mail-sync.socket", "mail-sync.service")  # the socket would start it again
     try:
         yield
     finally:
-        pair.both("systemctl", "start", "mail-sync.service")
+        pair.both("systemctl", "start", "mail-sync.socket", "mail-sync.service")
 
 
 def timed(pair: Pair, what: str, command: str) -> float:
