@@ -6,8 +6,9 @@ On the active host, with mailboxes of the measurement's own; else on a lab of it
 52 KiB as Maildir files, none like another. Then: rsync of them into a folder of the same host; the first backup;
 the next one with nothing changed, and one after 1 % of the messages came new and as many went; the mailboxes lost, and
 all of them restored by doveadm; and again rsync back. While the first backup runs, mail goes through the service one
-message after the other: the time to the 250 beside that of a quiet host. mail-sync rests meanwhile on both hosts, so
-that its copying is not measured with it. Mailboxes are removed; their snapshots stay until they expire.
+message after the other: the time to the 250 beside that of a quiet host. Meanwhile mail-sync rests on both hosts, so
+that its copying is not measured with it, and the service stays where it is. Mailboxes are removed; their snapshots stay
+until they expire.
 """
 
 from __future__ import annotations
@@ -61,13 +62,20 @@ COUNT = "find /srv/vmail/{tag}-* -path '*/cur/*' -type f | wc -l"
 
 
 @contextmanager
-def without_sync(pair: Pair) -> Iterator[None]:
-    """The time without copying between the hosts."""
+def undisturbed(pair: Pair) -> Iterator[None]:
+    """The time without copying between the hosts, and without a takeover.
+
+    A host whose disk is as busy as here may answer too late, and the service would go to the other one.
+    """
+    still = ["crm_attribute", "--type", "crm_config", "--name", "maintenance-mode"]
+    pair.do(*still, "--update", "true")
+    pair.both("systemctl", "stop", "mail-health.service")
     pair.both("systemctl", "stop", "mail-sync.socket", "mail-sync.service")  # the socket would start it again
     try:
         yield
     finally:
-        pair.both("systemctl", "start", "mail-sync.socket", "mail-sync.service")
+        pair.both("systemctl", "start", "mail-sync.socket", "mail-sync.service", "mail-health.service")
+        pair.do(*still, "--delete")
 
 
 def timed(pair: Pair, what: str, command: str) -> float:
@@ -107,7 +115,7 @@ class Load(threading.Thread):
 def rows(pair: Pair, count: int, octets: int) -> list[Row]:
     """All figures."""
     each = octets // count // MESSAGE
-    with mailboxes(pair, count) as (tag, users), without_sync(pair):
+    with mailboxes(pair, count) as (tag, users), undisturbed(pair):
         names = [user.partition("@")[0] for user in users]
         fill = {"domain": pair.lab["domain"], "run": tag, "octets": MESSAGE, "drop": False}
 
