@@ -9,7 +9,7 @@ from types import CodeType
 
 FOLDER = "/run/byte-code"
 
-# Python's own has no public name.
+# Python's own has no public name, so mypy does not know it, here and at the end.
 _compile_source = zipimport._compile_source  # type: ignore[attr-defined]
 
 
