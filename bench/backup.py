@@ -68,10 +68,10 @@ def undisturbed(pair: Pair) -> Iterator[None]:
     A host whose disk is as busy as here may answer too late, and the service would go to the other one.
     """
     still = ["crm_attribute", "--type", "crm_config", "--name", "maintenance-mode"]
-    pair.do(*still, "--update", "true")
-    pair.both("systemctl", "stop", "mail-health.service")
-    pair.both("systemctl", "stop", "mail-sync.socket", "mail-sync.service")  # the socket would start it again
     try:
+        pair.do(*still, "--update", "true")
+        # The socket too: it would start the service again.
+        pair.both("systemctl", "stop", "mail-health.service", "mail-sync.socket", "mail-sync.service")
         yield
     finally:
         pair.both("systemctl", "start", "mail-sync.socket", "mail-sync.service", "mail-health.service")

@@ -9,8 +9,7 @@ from types import CodeType
 
 FOLDER = "/run/byte-code"
 
-# Python's own has no public name, so mypy does not know it, here and at the end.
-_compile_source = zipimport._compile_source  # type: ignore[attr-defined]
+_compile_source = zipimport._compile_source  # type: ignore[attr-defined]  # not public, so mypy does not know it
 
 
 def _kept(pathname: str, source: bytes) -> CodeType:
@@ -35,4 +34,4 @@ def _kept(pathname: str, source: bytes) -> CodeType:
     return code
 
 
-zipimport._compile_source = _kept  # type: ignore[attr-defined]
+zipimport._compile_source = _kept  # type: ignore[attr-defined]  # not public, so mypy does not know it
