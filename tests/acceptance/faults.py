@@ -285,10 +285,12 @@ def cluster_problems(xml: str) -> list[str]:
 def sync_problems(status: str) -> list[str]:
     """What the mail store's replication has not done yet, by its own status file."""
     try:
-        behind = json.loads(status)["behind"]
+        told = json.loads(status)
+        behind, unverified = told["behind"], told["unverified"]
     except (ValueError, KeyError):
         return ["mail-sync gives no status"]
-    return [f"mail-sync is behind with {behind} users"] if behind else []
+    found = [f"mail-sync is behind with {behind} users"] if behind else []
+    return found + ([f"mail-sync has still to look through {unverified} users"] if unverified else [])
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -507,11 +509,11 @@ def trial(hosts: Hosts, name: str, rate: float = 5.0, after: float = 15, well: f
             time.sleep(after)
         for _try in range(3):
             hosts.flush()
-            outcome = load.outcome(60)
-            if not outcome.missing:
+            if not load.outcome(60).missing:
                 break
         problems = hosts.await_well(well, [box.address for box in load.recipients])
         well_s = time.monotonic() - healed
+        outcome = load.outcome(0)
     lacking = {} if problems else {host: load.lacking_on(functools.partial(hosts.run, host)) for host in hosts.full}
     seen.row.update(
         {

@@ -47,8 +47,9 @@ def test_cluster_problems(xml: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"behind": 0, "oldest_s": 0}', []),
-        ('{"behind": 3}', ["mail-sync is behind with 3 users"]),
+        ('{"behind": 0, "unverified": 0, "oldest_s": 0}', []),
+        ('{"behind": 3, "unverified": 0}', ["mail-sync is behind with 3 users"]),
+        ('{"behind": 0, "unverified": 2}', ["mail-sync has still to look through 2 users"]),
         ("{}", ["mail-sync gives no status"]),
         ("", ["mail-sync gives no status"]),
     ],

@@ -336,7 +336,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> Restic
 
 def test_full_server_is_not_asked_for_a_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     said = "Save(<lock/77>) returned error, retrying after 2s: unexpected HTTP response (507): 507 Insufficient Storage"
-    restic = fake(monkeypatch, tmp_path, f"trap 'exit 130' INT\necho '{said}' >&2\nwhile :; do sleep 0.1; done")
+    restic = fake(monkeypatch, tmp_path, f"trap 'exit 130' TERM\necho '{said}' >&2\nwhile :; do sleep 0.1; done")
     with pytest.raises(BackupError) as raised:
         restic.run("backup")
     assert raised.value.kind == "full"

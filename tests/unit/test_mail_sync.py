@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ def program(path: str) -> ModuleType:
 changes = program("lib/mail-sync/changes.py")
 doveadm = program("lib/mail-sync/doveadm.py")
 compare = program("sbin/mail-compare.py")
+daemon = program("sbin/mail-sync.py")
 AN = "an@tinh.gov.vn"
 UNIT = "vanphong@tinh.gov.vn"
 
@@ -138,6 +140,53 @@ def test_lone_messages_go_by_guid_not_by_uid() -> None:
     here = {("message", "INBOX", "1"): ("g1", "10", ""), ("message", "INBOX", "2"): ("g2", "10", "")}
     there = {("message", "INBOX", "7"): ("g1", "10", ""), ("message", "INBOX", "8"): ("g3", "10", "")}
     assert compare.lone_messages(here, there) == ({"INBOX": ["2"]}, {"INBOX": ["8"]})
+
+
+class Side:
+    """A side of a pair that answers as told, and keeps what it was asked to do."""
+
+    def __init__(self, answers: dict[str, list[tuple[str, ...]]]) -> None:
+        self.answers, self.calls = answers, list[tuple[str, ...]]()
+
+    def rows(self, _width: int, _user: str, command: str, *arguments: str) -> list[tuple[str, ...]]:
+        return self.answers.get(" ".join((command, *arguments)), self.answers.get(command, []))
+
+    def call(self, *what: str) -> list[str]:
+        self.calls.append(what)
+        return []
+
+
+def test_rights_of_a_folder_without_its_own_are_those_of_the_inbox() -> None:
+    """One side had them written down, the other not: the comparison never ended well after a host had come back."""
+    status = [("INBOX", "1", "7", "g1"), ("Junk", "1", "8", "g2")]
+    group = [("group", "dl-01", "read")]
+    written = Side({"mailbox status": status, "acl get INBOX": group, "acl get Junk": group})
+    inherited = Side({"mailbox status": status, "acl get INBOX": group})
+    foreign = Side({"mailbox status": status, "acl get INBOX": group, "acl get Junk": [("group", "dl-02", "read")]})
+    mine, same, other = (compare.content(side, UNIT, "Units/") for side in (written, inherited, foreign))
+    assert mine == same
+    assert compare.differences(mine, other) == ["rights Junk: here group dl-01 read, there group dl-02 read"]
+
+
+@pytest.mark.parametrize("holder", [True, False])
+def test_of_what_lies_twice_the_later_goes_on_the_side_that_serves(
+    monkeypatch: pytest.MonkeyPatch, holder: bool
+) -> None:
+    rows = [
+        ("INBOX", "g1", "10", "15"),
+        ("INBOX", "g1", "10", "9"),
+        ("INBOX", "g1", "11", "16"),
+        ("Sent", "g1", "10", "17"),
+        ("Units/a@b/Sent", "g2", "10", "1"),
+        ("Units/a@b/Sent", "g2", "10", "2"),
+    ]
+    local, peer = Side({"fetch": rows}), Side({"fetch": rows})
+    monkeypatch.setattr(daemon, "is_holder", lambda: holder)
+    monkeypatch.setattr(daemon, "Doveadm", lambda _settings: nullcontext(peer))
+    settings = doveadm.Settings("p", "127.0.0.1:1", "s", 4, 2, 30, 60, 5, 10, "", "Units/")
+    daemon.MailSync(settings).undouble(local, AN)
+    expunged = [(AN, "expunge", "mailbox", "INBOX", "uid", "15")]
+    assert (local.calls, peer.calls) == ((expunged, []) if holder else ([], expunged))
 
 
 def test_nobody_who_was_not_compared_passes_for_equal(monkeypatch: pytest.MonkeyPatch) -> None:

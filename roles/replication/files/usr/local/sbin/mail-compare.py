@@ -45,11 +45,14 @@ def content(side: Doveadm, user: str, prefix: str) -> Content:
         for row in side.rows(4, user, "mailbox status", "uidnext uidvalidity guid", "*")
         if not row[0].startswith(prefix)
     ]
+    rights = {}
     for name, *numbers in folders:
         found["folder", name] = tuple(numbers)
-        rights = side.rows(3, user, "acl get", name)
-        if rights:
-            found["rights", name] = tuple(sorted(" ".join(row) for row in rights))
+        rights[name] = tuple(sorted(" ".join(row) for row in side.rows(3, user, "acl get", name)))
+    for name, given in rights.items():
+        # A folder without rights of its own has INBOX's (acl_defaults_from_inbox): written down or not, the same.
+        if effective := given or rights.get("INBOX"):
+            found["rights", name] = effective
     for name, uid, *rest, flags in side.rows(5, user, "fetch", "mailbox uid guid size.physical flags", "ALL"):
         if not name.startswith(prefix):
             found["message", name, uid] = (*rest, " ".join(sorted(set(flags.split()) - {"\\Recent"})))

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ AGAIN = 0.25  # seconds between two syncs of one user, so that a burst of change
 STALLED = 30  # seconds without progress after which doveadm gives a sync up
 LAG_WINDOW = 300.0  # seconds of which the status tells the lag
 COLLISION = 5.0  # seconds after a change that fell into a running sync until the user is synced message by message
+RETURNED = 3600.0  # seconds for which the peer counts as just returned
+DOUBTFUL = 900.0  # seconds before now, or before the peer went, since when a message may have come to lie there twice
 RECHECK = 2.0  # seconds after which a difference that the sweep saw is looked at again
 KEPT_SESSIONS = 20000  # told to the journal later, when it does not listen now
 STATUS = "messages uidnext uidvalidity highestmodseq guid"
@@ -232,6 +234,11 @@ class Queue:
                 self.condition.notify_all()
             return len(due)
 
+    def unverified(self) -> int:
+        """Return how many are still to be synced message by message."""
+        with self.condition:
+            return len(self.background.keys() | self.collided.keys())
+
     def busy(self, user: str) -> bool:
         """Tell whether a user waits or is being synced."""
         with self.condition:
@@ -266,6 +273,7 @@ class MailSync:
         self.last_full: dict[str, Any] | None = None
         self.away_since: float | None = None
         self.contact = 0.0
+        self.absence = (0.0, 0.0)
         self.failed_users: dict[str, str] = {}
         self.settled: dict[str, tuple[Any, Any]] = {}
         self.jobs = threading.Lock()
@@ -327,10 +335,11 @@ class MailSync:
 
     def returned(self) -> None:
         """Go on, and make good what the time without the peer, or without this daemon, may have left."""
-        gap = time.time() - self.contact
-        self.contact = time.time()
+        before, self.contact = self.contact, time.time()
         if not self.queue.paused:
             return
+        gap = self.contact - before
+        self.absence = (before or self.contact, self.contact)
         self.away_since = None
         self.queue.pause(False)
         log("the peer answers")
@@ -386,6 +395,8 @@ class MailSync:
             self.sync_scripts(local, user, scripts, full)
         else:
             local.call(user, "sync", *self.options, *full, self.settings.destination)
+        if entry.full or entry.since <= self.absence[1]:
+            self.undouble(local, user)
         self.deeds(local, user, entry)
         now = time.time()
         if entry.sessions:
@@ -396,6 +407,35 @@ class MailSync:
                 self.lags.append((now, now - entry.since))
                 self.user_lags[user] = (round(now - entry.since, 3), round(now, 3))
         return None
+
+    def undouble(self, local: Doveadm, user: str) -> None:
+        """Remove what has come to lie twice in a folder lately: of two messages with one GUID and size the later UID.
+
+        Where both sides gave a UID to different messages, a sync numbers them anew; when a session meanwhile renames
+        the file of one of them, Dovecot 2.4.1 keeps that as a message more. It is done on the side that holds the
+        service address, whichever sees it. What a user copied within a folder before the time in doubt stays.
+        """
+        now = time.time()
+        left, back = self.absence
+        since = (left if now - back < RETURNED else now) - DOUBTFUL
+        if not self.doubles(local, user, since):
+            return
+        with ExitStack() as stack:
+            side = local if is_holder() else stack.enter_context(Doveadm(self.settings))
+            for folder, uids in self.doubles(side, user, since).items():
+                side.call(user, "expunge", "mailbox", folder, "uid", ",".join(uids))
+                log(f"{user}: {len(uids)} messages lay twice in a folder after a sync; the second ones are gone")
+
+    def doubles(self, side: Doveadm, user: str, since: float) -> dict[str, list[str]]:
+        """Return the UIDs, by folder, of messages saved since then (Unix time) of which the folder has one already."""
+        seen: set[tuple[str, ...]] = set()
+        found: dict[str, list[str]] = {}
+        query = ("mailbox guid size.physical uid", "savedsince", f"{since:.0f}")
+        for *message, uid in sorted(side.rows(4, user, "fetch", *query), key=lambda row: int(row[-1])):
+            if tuple(message) in seen and not message[0].startswith(self.settings.units_prefix):
+                found.setdefault(message[0], []).append(uid)
+            seen.add(tuple(message))
+        return found
 
     def sync_scripts(self, local: Doveadm, user: str, scripts: Mapping[str, str], full: list[str]) -> None:
         """Sync a user whose Sieve scripts changed.
@@ -538,6 +578,7 @@ class MailSync:
         if not self.differs(user, *sides):
             return 0
         local.call(user, "sync", *self.options, self.settings.destination)
+        self.undouble(local, user)
         after = [self.numbers(side, user) for side in (local, peer)]
         self.settled[user] = (after[0], after[1])
         return int(after != sides)
@@ -676,7 +717,7 @@ class MailSync:
             "lag_s": {**lag, "window_s": LAG_WINDOW, "syncs": len(self.lags)},
             **{key: value for key, value in self.counters.items() if key != "healed"},
             "lost_triggers_healed": self.counters["healed"],
-            "background": len(self.queue.background),
+            "unverified": self.queue.unverified(),
             "last_sweep": self.last_sweep,
             "last_full": self.last_full,
         }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import threading
@@ -273,7 +272,7 @@ class Restic:
                 if len(said) < 2000:
                     said.append(line)
                 if SIGNS[0][1].search(line) and "retrying" in line:
-                    process.send_signal(signal.SIGINT)
+                    process.terminate()
 
     def run(
         self, *arguments: str, cwd: str | Path | None = None, stdin: IO[bytes] | None = None, ok: Sequence[int] = (0,)
