@@ -119,7 +119,7 @@ class Recovery:
         before, tree = self.contents(), self.tree()
         with self.step("backup"):
             self.hosts.run(self.hosts.active(), "mail-backup run")
-            at = datetime.now(UTC).isoformat(timespec="seconds")
+            at = datetime.now(UTC).isoformat()
         with self.step("burn both hosts and make them anew"):
             self.burn()
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import secrets
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from faults import Hosts
+from passlib.hash import ldap_sha1
 from service import OUTSIDER, Mailbox, Service, letter, wait
 
 SETTINGS, SERVER = "/etc/mail-backup/settings.json", "/etc/mail-backup/server.json"
@@ -220,7 +222,7 @@ def kept(backups: Backups) -> str:
     return backups.service.run(backups.keeper, command)
 
 
-@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a")
+@pytest.mark.requirement("DL-6.7", "CT-6.2", "HT-4.1a", "N-14423", "N-QCVN12")
 def test_intruder_on_a_mail_host_cannot_undo_a_backup(backups: Backups, taken: Mailbox) -> None:
     """With root there, and so with every password there: what was in the repository is in it afterwards, unchanged."""
     before = kept(backups)
@@ -237,6 +239,83 @@ def test_intruder_on_a_mail_host_cannot_undo_a_backup(backups: Backups, taken: M
     after = kept(backups).splitlines()
     assert set(before.splitlines()) <= set(after), "something old is gone or another"
     assert backups.read("mail", backups.service.domain)["id"] == snapshot
+
+
+# --- a further repository, and what is old
+
+SECOND = "/srv/thu-second"
+SECOND_URL = "rest:http://127.0.0.1:8100/"
+SECOND_UNIT = "thu-second.service"
+
+
+@contextmanager
+def second_server(backups: Backups) -> Iterator[None]:
+    """Another REST server with a login of its own, as another site has it; its disk is empty at first."""
+    login, run = secrets.token_hex(8), functools.partial(backups.service.run, backups.keeper)
+    line = f"thu:{ldap_sha1.hash(login)}"
+    run(f"install -d -o restic-rest-server -m 0700 {SECOND}; printf '%s\n' {shlex.quote(line)} > {SECOND}.htpasswd")
+    run(f"printf %s {SECOND_URL.replace('//', f'//thu:{login}@')} > {SECOND}.location; : > {SECOND}.environment")
+    command = f"/usr/bin/restic-rest-server --listen 127.0.0.1:8100 --path {SECOND} --htpasswd-file {SECOND}.htpasswd"
+    run(f"systemd-run --quiet --unit {SECOND_UNIT} -p User=restic-rest-server {command}")
+    try:
+        wait("the second server", lambda: "8100" in run("ss -Hlnt 'sport = :8100'"))
+        yield
+    finally:
+        run(f"systemctl stop {SECOND_UNIT} 2>/dev/null; rm -rf {SECOND} {SECOND}.*")
+
+
+def in_second(backups: Backups, *arguments: str) -> str:
+    """Output of restic on the second repository, by its own way in and with the key of the first."""
+    environment = f"RESTIC_REPOSITORY_FILE={SECOND}.location RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
+    return backups.service.run(backups.keeper, f"{environment} restic --no-cache --no-lock {shlex.join(arguments)}")
+
+
+@pytest.mark.requirement("N-14423")
+def test_second_place_gets_everything_and_its_absence_is_alarmed(backups: Backups, taken: Mailbox) -> None:
+    """Encrypted by the same key, read whole from there alone; what is stored twice is stored once (3-2-1)."""
+    service, began = backups.service, time.time()
+    own = f"RESTIC_REPOSITORY={REPOSITORY} RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
+    place = {"name": "thu", "shown": SECOND_URL, "password_file": "/etc/mail-backup/password"}
+    place |= {"location_file": f"{SECOND}.location", "environment_file": f"{SECOND}.environment"}
+    with backups.settled(), backups.changed(backups.keeper, SERVER, further=[place]), second_server(backups):
+        assert backups.start(backups.keeper, "backup-copy.service")
+        # A tree's name is the hash of all that is in it.
+        first, second = (
+            {(one["time"], one["hostname"], *one["tags"], one["tree"]): one["id"] for one in json.loads(listed)}
+            for listed in (
+                service.run(backups.keeper, f"{own} restic --no-cache --no-lock snapshots --json"),
+                in_second(backups, "snapshots", "--json"),
+            )
+        )
+        assert first.keys() == second.keys()
+        mail = backups.status(backups.holder, "mail")["snapshot"]
+        newest = next(second[key] for key, identifier in first.items() if identifier == mail)
+        path = f"/catalogue/{taken.address.partition('@')[0]}.jsonl"
+        there = in_second(backups, "dump", newest, path)
+        assert there == backups.read("mail", service.domain, path)["texts"][path] and there
+        in_second(backups, "check", "--read-data")
+        assert backups.start(backups.keeper, "backup-copy.service"), "what is there already does not come again"
+        assert len(json.loads(in_second(backups, "snapshots", "--json"))) == len(second)
+        service.run(backups.keeper, f"systemctl stop {SECOND_UNIT}")
+        assert not backups.start(backups.keeper, "backup-copy.service")
+        backups.alarmed(backups.keeper, began, "backup-gone", "backup-copy-thu: .*is not there")
+
+
+def test_what_is_old_is_removed_with_what_only_it_had(backups: Backups, taken: Mailbox) -> None:
+    """On the repository's host, and there alone; what is within the time that is kept stays."""
+    service = backups.service
+    command = "RESTIC_REPOSITORY_FILE=/etc/mail-backup/repository RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
+    command += " RESTIC_CACERT=/etc/ssl/hopthu/ca.pem restic --no-cache backup --tag mail --host " + service.domain
+    command += " --time \"$(date -d '-5 hours' '+%F %T')\" --json --stdin --stdin-filename thu"
+    made = json.loads(service.run(backups.holder, f"head -c 8M /dev/urandom | {command}").splitlines()[-1])
+    before = set(service.run(backups.keeper, f"ls {REPOSITORY}/snapshots").split())
+    room = int(service.run(backups.keeper, f"du -sb {REPOSITORY}/data | cut -f1"))
+    with backups.settled(), backups.changed(backups.keeper, SERVER, keep={"within": "4h"}):
+        assert backups.start(backups.keeper, "backup-prune.service")
+    after = set(service.run(backups.keeper, f"ls {REPOSITORY}/snapshots").split())
+    assert before - after == {made["snapshot_id"]}
+    assert int(service.run(backups.keeper, f"du -sb {REPOSITORY}/data | cut -f1")) < room - (7 << 20)
+    assert backups.read("mail", service.domain)["id"] == backups.status(backups.holder, "mail")["snapshot"]
 
 
 # --- what can be wrong
