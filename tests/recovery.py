@@ -35,7 +35,7 @@ CASE = "the whole province on empty hosts"
 GROUNDS = "Biên bản sự cố 01/BB"
 # Enough for the directory and the way to the repository; nothing yet that would make a directory of its own.
 FIRST = "base,unbound,certificates,openssh,rsyslog,openldap,backup"
-TREE = "slapcat -o ldif-wrap=no -b 'ou={branch},{base}' | grep -v '^[a-zA-Z]*\\(Timestamp\\|CSN\\): ' | sha256sum"
+TREE = "slapcat -o ldif-wrap=no -s 'ou={branch},{base}' | grep -v '^[a-zA-Z]*\\(Timestamp\\|CSN\\): ' | sha256sum"
 
 
 class Recovery:
