@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import COMPARE_DIRECTORY, COMPARE_MAIL, FAULTS, FULL, JOURNAL_LIST, Hosts, silent_difference, trial
+from faults import COMPARE_DIRECTORY, COMPARE_MAIL, FAULTS, FULL, JOURNAL_LIST, Hosts, save, silent_difference, trial
 from playbook import Province
 from service import OUTSIDER, Mailbox, Service, letter, wait
 
@@ -74,6 +74,20 @@ def test_both_hosts_hold_every_message(hosts: Hosts, mailbox: Mailbox) -> None:
         client.delete_messages([uid])
         client.expunge()
     wait("the deletion on both", lambda: not any(flags(host) for host in hosts.full))
+
+
+def test_what_a_sync_left_twice_is_there_once(hosts: Hosts, mailbox: Mailbox) -> None:
+    """Dovecot may number a message anew and keep it under the old number too; a copy within the folder is the same."""
+    message = letter(OUTSIDER, mailbox.address)
+    save(hosts, hosts.active(), mailbox.address, message.as_string())
+    query = f"mailbox INBOX header Message-ID '{message['Message-ID']}'"
+    hosts.run(hosts.active(), f"doveadm copy -u {mailbox.address} INBOX {query}")
+    counted = f"doveadm -f flow fetch -u {mailbox.address} 'uid guid' {query} | sort"
+    first, second = hosts.run(hosts.active(), counted).splitlines()
+    assert first.split()[1] == second.split()[1], "not the same GUID: nothing that a sync would leave"
+    hosts.run(hosts.active(), f"mail-sync user {mailbox.address}")
+    for host in hosts.full:
+        wait(f"one of them on {host}", lambda host=host: hosts.run(host, counted).splitlines() == [first])
 
 
 def test_both_directories_are_equal(hosts: Hosts, mailbox: Mailbox) -> None:
