@@ -121,7 +121,7 @@ class Backups:
         try:
             yield
         finally:
-            for host, units in ((self.holder, HOST_RUN), (self.keeper, "backup-check backup-prune")):
+            for host, units in ((self.holder, HOST_RUN), (self.keeper, "backup-check backup-prune backup-copy")):
                 stop = f"systemctl stop {HOST_RUN}; " if host == self.holder else ""
                 self.service.run(host, f"{stop}systemctl reset-failed {units} 2>/dev/null || true")
 
