@@ -21,6 +21,11 @@ from service import OUTSIDER, Mailbox, Service, letter, wait
 SETTINGS, SERVER = "/etc/mail-backup/settings.json", "/etc/mail-backup/server.json"
 HOST_RUN, MAIL_RUN, REST = "mail-backup-host.service", "mail-backup.service", "restic-rest-server.service"
 REPOSITORY = "/srv/backup/mail"
+# On a mail host, with that host's own credentials.
+BACKUP = (
+    "RESTIC_REPOSITORY_FILE=/etc/mail-backup/repository RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
+    " RESTIC_CACERT=/etc/ssl/hopthu/ca.pem restic --no-cache backup --tag mail"
+)
 LIBRARY = "import sys; sys.path.insert(0, '/usr/local/lib/mail-backup')\n"
 # On a host: the newest snapshot of a kind, and files of it by their ends, read through the library.
 READ = f"""{LIBRARY}
@@ -304,9 +309,7 @@ def test_second_place_gets_everything_and_its_absence_is_alarmed(backups: Backup
 def test_what_is_old_is_removed_with_what_only_it_had(backups: Backups, taken: Mailbox) -> None:
     """On the repository's host, and there alone; what is within the time that is kept stays."""
     service = backups.service
-    command = "RESTIC_REPOSITORY_FILE=/etc/mail-backup/repository RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
-    command += " RESTIC_CACERT=/etc/ssl/hopthu/ca.pem restic --no-cache backup --tag mail --host " + service.domain
-    command += " --time \"$(date -d '-5 hours' '+%F %T')\" --json --stdin --stdin-filename thu"
+    command = f"{BACKUP} --host {service.domain} --time \"$(date -d '-5 hours' '+%F %T')\" --json --stdin"
     made = json.loads(service.run(backups.holder, f"head -c 8M /dev/urandom | {command}").splitlines()[-1])
     before = set(service.run(backups.keeper, f"ls {REPOSITORY}/snapshots").split())
     room = int(service.run(backups.keeper, f"du -sb {REPOSITORY}/data | cut -f1"))
@@ -435,9 +438,7 @@ def test_snapshot_from_the_future_is_alarmed_and_expires_nothing(backups: Backup
     """restic would count from it, and remove what is good. It can be removed by hand, as nothing else can."""
     service, began = backups.service, time.time()
     before = kept(backups)
-    command = "RESTIC_REPOSITORY_FILE=/etc/mail-backup/repository RESTIC_PASSWORD_FILE=/etc/mail-backup/password"
-    command += " RESTIC_CACERT=/etc/ssl/hopthu/ca.pem restic --no-cache backup --tag mail"
-    command += f" --host {service.domain} --time \"$(date -d '+3 years' '+%F %T')\" --json /etc/hostname"
+    command = f"{BACKUP} --host {service.domain} --time \"$(date -d '+3 years' '+%F %T')\" --json /etc/hostname"
     made = json.loads(service.run(backups.holder, command).splitlines()[-1])["snapshot_id"]
     try:
         with backups.settled():
